@@ -1,0 +1,148 @@
+"""PromptModel: a frozen transformers model with a trained prompt."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.nn import Prefix, Prompt
+from fastprompt.nn.prompts import join_prefix
+
+from . import checkpoint
+from .config import PromptConfig
+from .packed import PackedBackbone
+
+
+class PromptModel(nn.Module):
+    """A frozen backbone with a trained prompt, run packed.
+
+    It takes the backbone's own inputs and returns the backbone's own outputs, of the original length: prompt rows never
+    show, labels and spans need no shifting, left and right padding give the same result. A causal language model in
+    training mode, given labels, computes logits at labelled positions only and returns `logits=None` unless
+    `return_logits=True`; in evaluation mode, and without labels, logits are (B, L, V).
+
+    Where PEFT is right the results are PEFT's, up to rounding. Where they differ, on purpose: left-padded tokens take
+    the positions of right-padded ones; token types are honoured for every head; hidden states, logits and spans do not
+    move by P; a batch that came packed (restarting position_ids, no mask) does not leak between its samples.
+
+    Args:
+        backbone: a transformers model of a supported family (`fastprompt.models.families`), with or without a head. Its
+            parameters are frozen, in place, except those of a classification or span head.
+        config: what kind of prompt.
+
+    Raises:
+        TypeError, ValueError: for a backbone or a setting that does not fit, before anything is changed.
+    """
+
+    def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
+        super().__init__()
+        packed = PackedBackbone(backbone)
+        layers = _layers(config, packed.geometry.layers)
+        table = packed.geometry.positions
+        if table is not None and config.position_offset == "peft" and config.num_virtual_tokens >= table:
+            raise ValueError(
+                f"num_virtual_tokens must leave room for text in the position table of {table} rows, "
+                f"got {config.num_virtual_tokens}"
+            )
+        self.config, self.backbone, self._packed = config, backbone, packed
+        freeze(backbone)
+        initial = _initial(config, packed, layers)
+        if config.kind == "prompt":
+            self.prompt = Prompt(initial)
+        else:
+            self.prompt = Prefix(initial, layers, packed.geometry.kv_heads, packed.geometry.head_dim)
+
+    def forward(self, *, labels: Tensor | None = None, return_logits: bool = False, **inputs):
+        """The backbone's output class for its own keyword arguments; see the class for what differs.
+
+        Args:
+            labels: as the backbone's head takes them.
+            return_logits: for a causal language model in training, give the logits of all text positions as well.
+        """
+        return_dict = inputs.pop("return_dict", True)
+        offset = self.config.num_virtual_tokens if self.config.position_offset == "peft" else 0
+        output = self._packed(
+            inputs,
+            **{self.config.kind: self.prompt()},
+            position_offset=offset,
+            prefix_in_window=self.config.prefix_in_window,
+            labels=labels,
+            all_logits=return_logits or not self.training or labels is None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`."""
+        checkpoint.save(self, Path(directory))
+
+    @classmethod
+    def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptModel":
+        """Load what `save_pretrained`, or PEFT, wrote.
+
+        Args:
+            backbone: the model it was trained on.
+            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
+            trainable: whether to go on training.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, of another kind, or of a shape that does not fit.
+        """
+        model = checkpoint.load(cls, backbone, Path(directory))
+        if not trainable:
+            model.requires_grad_(False)
+        return model
+
+
+def freeze(backbone: nn.Module) -> None:
+    """No gradients for the base model and for a language-model head; a head for a task goes on training."""
+    backbone.base_model.requires_grad_(False)
+    output = backbone.get_output_embeddings()
+    if output is not None:
+        backbone.requires_grad_(False)
+
+
+def _layers(config: PromptConfig, count: int) -> list[int]:
+    if config.layers is None:
+        return list(range(count))
+    layers = []
+    for layer in config.layers:
+        if not isinstance(layer, int) or not -count <= layer < count:
+            raise ValueError(f"layers must be indices of the backbone's {count} layers, got {layer!r}")
+        layers.append(layer % count)
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"layers must be different and at least one, got {list(config.layers)}")
+    return sorted(layers)
+
+
+@torch.no_grad()
+def _initial(config: PromptConfig, packed: PackedBackbone, layers: list[int]) -> Tensor:
+    """The weight a prompt begins at, on the backbone's device, float32 at least: small steps are lost in less."""
+    embedding = packed.base.get_input_embeddings()
+    geometry, rows = packed.geometry, config.num_virtual_tokens
+    like = embedding.weight
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if config.init == "random":
+        if config.kind == "prompt":
+            scale = float(embedding(torch.arange(min(1024, len(like)), device=like.device)).std())
+            columns = geometry.hidden
+        else:
+            scale, columns = 0.1, len(layers) * 2 * geometry.kv_heads * geometry.head_dim
+        scale = scale if config.init_scale is None else config.init_scale
+        return torch.randn(rows, columns, dtype=dtype, device=like.device) * scale
+    if config.init == "vocabulary":
+        ids = torch.randint(len(like), (rows,), device=like.device)
+    else:
+        ids = torch.as_tensor(list(config.init_ids), device=like.device)
+        if ids.min() < 0 or ids.max() >= len(like):
+            raise ValueError(f"init_ids must be in [0, {len(like)}), got {ids.min()} to {ids.max()}")
+        ids = ids.repeat(-(-rows // len(ids)))[:rows]
+    if config.kind == "prompt":
+        return embedding(ids).to(dtype)
+    from transformers import DynamicCache
+
+    was_training = packed.base.training
+    packed.base.eval()
+    cache = DynamicCache()  # plain layers: a sliding one would cut the prefix
+    packed.base(input_ids=ids.unsqueeze(0), past_key_values=cache)
+    packed.base.train(was_training)
+    return join_prefix([(cache.layers[i].keys[0], cache.layers[i].values[0]) for i in layers]).to(dtype)

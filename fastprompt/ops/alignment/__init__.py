@@ -1,0 +1,109 @@
+"""alignment_loss: projection, normalisation and distance between two sets of vectors."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["alignment_loss"]
+
+NORMALIZATIONS = ("l2", "layer", "none")
+DISTANCES = ("cosine", "mse", "smooth_l1", "infonce")
+REDUCTIONS = ("mean", "sum", "none")
+
+_library = torch.library.Library("fastprompt", "FRAGMENT")
+_library.define(
+    "alignment_loss(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor? row_weight, "
+    "str normalize, str distance, float temperature, str reduction) -> Tensor"
+)
+_library.impl("alignment_loss", reference.alignment_loss, "CompositeImplicitAutograd")
+
+
+def alignment_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_weight: Tensor | None = None,
+    normalize: str = "l2",
+    distance: str = "cosine",
+    temperature: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Distance between the projected student rows and the teacher rows.
+
+    For each row, z = W h + b; u = norm(z), v = norm(t); the loss is the weighted mean of d(u, v) over the rows.
+    The formula is fastprompt's own (the paper that names a knowledge alignment loss does not print one).
+
+    Args:
+        student: h, (N, Ds), floating point.
+        teacher: t, (N, Dt), of the student's dtype. It gets a gradient only if it asks for one.
+        weight: W, (Dt, Ds).
+        bias: b, (Dt,), or None.
+        row_weight: (N,), or None for equal weights. A row of weight 0 is left out altogether: no loss, no gradient,
+            and in "infonce" nobody's negative.
+        normalize: "l2" (unit norm), "layer" (mean 0, variance 1, no affine) or "none", for u and v alike. A row of norm
+            at most 1e-12 ("l2") or standard deviation at most 1e-5 ("layer") becomes zero and gets zero gradient.
+        distance: "cosine" (1 - u.v), "mse" (mean over the features of (u - v)^2), "smooth_l1" (mean over the features,
+            beta 1), "infonce" (cross-entropy of u.v / temperature against the row's own partner among all N, averaged
+            over both directions), or several joined by "+", whose losses are added.
+        temperature: of "infonce"; None is 0.05.
+        reduction: "mean" (weighted sum over the sum of weights; 0 if all weights are 0), "sum" (weighted), or "none".
+        backend: None or "reference".
+
+    Returns:
+        A scalar, or (N,) weighted rows for reduction "none"; float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: a shape, dtype, device or name that does not fit, before anything is computed.
+    """
+    if student.ndim != 2 or teacher.ndim != 2 or weight.ndim != 2:
+        raise ValueError(
+            "student, teacher and weight must have two dimensions, got shapes "
+            f"{tuple(student.shape)}, {tuple(teacher.shape)}, {tuple(weight.shape)}"
+        )
+    if not student.is_floating_point():
+        raise ValueError(f"student must be floating point, got {student.dtype}")
+    rows, features = teacher.shape
+    expected = {
+        "teacher": (teacher, (len(student), features)),
+        "weight": (weight, (features, student.shape[1])),
+        "bias": (bias, (features,)),
+        "row_weight": (row_weight, (rows,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} (student {tuple(student.shape)}, teacher {tuple(teacher.shape)}), "
+                f"got {tuple(tensor.shape)}"
+            )
+        if name != "row_weight" and tensor.dtype != student.dtype:
+            raise ValueError(f"{name} must be {student.dtype}, as student is, got {tensor.dtype}")
+        if tensor.device != student.device:
+            raise ValueError(f"{name} must be on {student.device}, where student is, got {tensor.device}")
+    if rows == 0:
+        raise ValueError("student must have at least one row, got none")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
+    check_distance(distance)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    temperature = 0.05 if temperature is None else float(temperature)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend must be None or 'reference', got {backend!r}")
+    return torch.ops.fastprompt.alignment_loss(
+        student, teacher, weight, bias, row_weight, normalize, distance, temperature, reduction
+    )
+
+
+def check_distance(distance: str) -> None:
+    """Raise a ValueError unless `distance` is a known distance or a sum of different ones."""
+    names = distance.split("+")
+    if not set(names) <= set(DISTANCES) or len(set(names)) != len(names):
+        raise ValueError(f"distance must be one of {DISTANCES}, or different ones joined by '+', got {distance!r}")

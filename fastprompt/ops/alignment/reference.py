@@ -1,0 +1,69 @@
+"""The alignment loss in plain PyTorch: the formula every faster path is held to."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+L2_EPS = 1e-12  # a row whose norm is at most this counts as zero: it is left at zero, with zero gradient
+LAYER_EPS = 1e-5  # the same for the standard deviation under "layer": rounding noise is not blown up to unit variance
+
+
+def normalized(x: Tensor, normalize: str) -> Tensor:
+    """Rows of x (N, D) brought to unit norm ("l2"), to mean 0 and variance 1 ("layer"), or as they are ("none")."""
+    if normalize == "none":
+        return x
+    if normalize == "layer":
+        x = x - x.mean(-1, keepdim=True)
+        square, eps = x.square().mean(-1, keepdim=True), LAYER_EPS
+    else:
+        square, eps = x.square().sum(-1, keepdim=True), L2_EPS
+    zero = square <= eps * eps
+    return x * square.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
+
+
+def infonce_rows(u: Tensor, v: Tensor, row_weight: Tensor | None, temperature: float) -> Tensor:
+    """(N,) symmetric in-batch contrastive loss; a row of weight 0 is nobody's negative."""
+    similarity = u @ v.T / temperature  # (N, N)
+    if row_weight is not None:
+        left_out = (row_weight == 0)[None, :] & ~torch.eye(len(u), dtype=torch.bool, device=u.device)
+        forward, backward = similarity.masked_fill(left_out, -torch.inf), similarity.T.masked_fill(left_out, -torch.inf)
+    else:
+        forward, backward = similarity, similarity.T
+    return (forward.logsumexp(1) + backward.logsumexp(1)) / 2 - similarity.diagonal()
+
+
+def alignment_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    normalize: str,
+    distance: str,
+    temperature: float,
+    reduction: str,
+) -> Tensor:
+    accumulate = torch.promote_types(student.dtype, torch.float32)
+    u = normalized(F.linear(student, weight, bias).to(accumulate), normalize)
+    v = normalized(teacher.to(accumulate), normalize)
+    w = None if row_weight is None else row_weight.to(accumulate)
+    rows = u.new_zeros(len(u))
+    for name in distance.split("+"):
+        if name == "cosine":
+            rows = rows + (1 - (u * v).sum(-1))
+        elif name == "mse":
+            rows = rows + (u - v).square().mean(-1)
+        elif name == "smooth_l1":
+            rows = rows + F.smooth_l1_loss(u, v, reduction="none").mean(-1)
+        else:
+            rows = rows + infonce_rows(u, v, w, temperature)
+    if w is not None:
+        rows = torch.where(w == 0, 0.0, rows * w)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    if w is None:
+        return rows.mean()
+    total = w.sum()
+    return rows.sum() / torch.where(total == 0, 1.0, total)

@@ -1,0 +1,57 @@
+"""Prefix attention in plain PyTorch, one segment after the other: the formula every faster path is held to."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def visible(
+    rows: int, prefix: int, is_causal: bool, window: int | None, prefix_in_window: bool, device: torch.device
+) -> Tensor:
+    """(rows, prefix + rows) bool: which positions, the prefix at -P..-1 and the segment from 0, row i attends to."""
+    i = torch.arange(rows, device=device)[:, None]
+    j = torch.arange(-prefix, rows, device=device)[None, :]
+    seen = torch.ones(rows, prefix + rows, dtype=torch.bool, device=device)
+    if is_causal:
+        seen &= j <= i
+    if window is not None:
+        inside = i - j < window if is_causal else (i - j).abs() <= window
+        seen &= inside if prefix_in_window else inside | (j < 0)
+    return seen
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    cu_seqlens: Tensor,
+    prefix_index: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    prefix_in_window: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    outputs, lses = [query[:0]], [query.new_empty((0, query.shape[1]), dtype=accumulate)]
+    which = [0] * (len(cu_seqlens) - 1) if prefix_index is None else prefix_index.tolist()
+    for n, (begin, end) in zip(which, pairwise(cu_seqlens.tolist()), strict=True):
+        q = query[begin:end]  # (L, H, D)
+        k = torch.cat([prefix_key[n].transpose(0, 1), key[begin:end]]).repeat_interleave(group, 1)  # (P + L, H, D)
+        v = torch.cat([prefix_value[n].transpose(0, 1), value[begin:end]]).repeat_interleave(group, 1)
+        score = scale * torch.einsum("ihd,jhd->hij", q, k).to(accumulate)
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        seen = visible(end - begin, prefix_key.shape[2], is_causal, window, prefix_in_window, query.device)
+        score = score.masked_fill(~seen, -torch.inf)
+        lse = score.logsumexp(-1, keepdim=True)  # (H, L, 1)
+        weight = F.dropout((score - lse).exp(), dropout_p).to(v.dtype)
+        outputs.append(torch.einsum("hij,jhd->ihd", weight, v))
+        lses.append(lse.squeeze(-1).T)
+    return torch.cat(outputs), torch.cat(lses)

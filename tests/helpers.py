@@ -1,0 +1,44 @@
+"""Small random models of every supported family, and ragged batches for them."""
+
+import torch
+import transformers
+
+VOCABULARY, PAD = 61, 1
+
+COMMON = dict(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=3, intermediate_size=40, pad_token_id=PAD)
+ENCODER = COMMON | dict(num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+CONFIGS = {
+    "bert": transformers.BertConfig(**ENCODER, max_position_embeddings=64, type_vocab_size=2),
+    "xlm-roberta": transformers.XLMRobertaConfig(**ENCODER, max_position_embeddings=66, type_vocab_size=1),
+    "llama": transformers.LlamaConfig(**COMMON, num_attention_heads=6, num_key_value_heads=2),
+    "gemma3_text": transformers.Gemma3TextConfig(
+        **COMMON, num_attention_heads=3, num_key_value_heads=1, head_dim=16, sliding_window=8, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], final_logit_softcapping=5.0,
+    ),
+}  # fmt: skip
+ENCODERS, DECODERS = ("bert", "xlm-roberta"), ("llama", "gemma3_text")
+
+
+def build(family: str, auto: str = "AutoModel", dtype: torch.dtype = torch.float64, seed: int = 0, **config):
+    """A model of class `auto` with weights large enough that attention is far from uniform."""
+    torch.manual_seed(seed)
+    settings = CONFIGS[family].to_dict() | config
+    settings = type(CONFIGS[family]).from_dict(settings)
+    settings._attn_implementation = "sdpa"
+    model = getattr(transformers, auto).from_config(settings)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.25 if "embed" in name else 0.15)
+    return model.to(dtype).eval()
+
+
+def batch(lengths=(7, 1, 12, 5), side: str = "right") -> dict[str, torch.Tensor]:
+    """Fresh token ids of those lengths, padded on `side`."""
+    longest = max(lengths)
+    ids = torch.full((len(lengths), longest), PAD)
+    mask = torch.zeros(len(lengths), longest, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        where = slice(0, length) if side == "right" else slice(longest - length, longest)
+        ids[row, where] = torch.randint(5, VOCABULARY, (length,))
+        mask[row, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
