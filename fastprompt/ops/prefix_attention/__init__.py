@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastprompt.ops._checks import check_cu_seqlens
+from fastprompt.ops._checks import check_cu_seqlens, check_indices
 
 from . import cpu, reference
 
@@ -53,7 +53,10 @@ def prefix_attention(
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, named, before anything is computed.
+        TypeError: cu_seqlens or prefix_index of another dtype.
+        ValueError: a shape, dtype, device or option that does not fit.
+        IndexError: a value of prefix_index out of range (on the CPU; on a GPU values are not read on the host).
+            All name the argument, before anything is computed.
     """
     _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index)
     if window is not None and window < (1 if is_causal else 0):
@@ -118,13 +121,8 @@ def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
         raise ValueError(f"cu_seqlens must be on {query.device}, where query is, got {cu_seqlens.device}")
     if prefix_index is None:
         return
-    if prefix_index.dtype not in (torch.int32, torch.int64) or prefix_index.device != query.device:
-        raise ValueError(
-            f"prefix_index must be int32 or int64 on {query.device}, got {prefix_index.dtype} on {prefix_index.device}"
-        )
     if prefix_index.shape != (segments,):
         raise ValueError(f"prefix_index must be ({segments},), one a segment, got {tuple(prefix_index.shape)}")
-    if prefix_index.device.type == "cpu" and not torch.compiler.is_compiling() and segments:
-        low, high = int(prefix_index.min()), int(prefix_index.max())
-        if low < 0 or high >= entries:
-            raise ValueError(f"prefix_index must be in [0, {entries}), got {low if low < 0 else high}")
+    if prefix_index.device != query.device:
+        raise ValueError(f"prefix_index must be on {query.device}, where query is, got {prefix_index.device}")
+    check_indices(prefix_index, entries, "prefix_index")

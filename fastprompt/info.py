@@ -1,0 +1,53 @@
+"""What `fastprompt info` prints: versions, devices, native libraries, and the backends of every operator."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastprompt import __version__, _native
+
+PACKAGES = ("transformers", "peft", "triton")
+DEVICE_TYPES = ("cpu", "cuda")  # those a native library may exist for
+# Backends of each operator, in the order of preference. "native" needs its library, the others run wherever torch does.
+OPERATORS = {
+    "prefix_attention": ("cpu", "reference"),
+    "pack_prompt": ("native", "reference"),
+    "alignment_loss": ("reference",),
+}
+
+
+def describe() -> None:
+    """Print versions, devices and what is available here, with the reason where something is not."""
+    print(f"fastprompt {__version__}, python {platform.python_version()}, torch {torch.__version__}")
+    print(", ".join(f"{package} {_version(package)}" for package in PACKAGES))
+
+    print("\ndevices")
+    print(f"  cpu     {platform.machine()}, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        print(f"  cuda:{index}  {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+
+    print("\nnative libraries")
+    for device_type in DEVICE_TYPES:
+        print(f"  {device_type:6}  {_state(_native.why_not(device_type))}")
+
+    print("\noperators and their backends")
+    for operator, backends in OPERATORS.items():
+        for backend in backends:
+            if backend == "native":
+                state = "; ".join(f"{device}: {_state(_native.why_not(device))}" for device in DEVICE_TYPES)
+            else:
+                state = _state(None)
+            print(f"  {operator:16}  {backend:9}  {state}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _state(reason: str | None) -> str:
+    return "available" if reason is None else f"not available ({reason})"
