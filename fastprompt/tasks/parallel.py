@@ -1,0 +1,161 @@
+"""Parallel text: pairs of an English sentence and its translation."""
+
+import codecs
+import gettext
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastprompt._extras import require
+
+
+class Pair(NamedTuple):
+    """An English sentence, its translation and, for a task, a label."""
+
+    source: str
+    target: str
+    label: str | None = None
+
+
+def read_pairs(path: str | Path, target_path: str | Path | None = None) -> list[Pair]:
+    """Read parallel sentences, in file order, surrounding white space removed.
+
+    Args:
+        path: one of
+            a gettext catalogue `.po`: the entries that are translated (not with mere white space), neither fuzzy nor
+            obsolete, of plural entries the form for one; msgid is the English side;
+            any other name, alone: English, tab, translation, and in every row or in none a tab and a label;
+            any other name, with `target_path`: English, one sentence a line.
+        target_path: the translations, line by line those of `path`.
+
+    Text is UTF-8 (a byte order mark is passed over), of a catalogue whatever its header declares; lines end with LF or
+    CRLF. Of files other than catalogues nothing is left out: a row that cannot be used is an error.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: naming file and line: bytes that are not UTF-8, a row without a tab or with more than two, a side or
+            label that is empty, labels in some rows only, files of different length, or no pairs at all.
+    """
+    path = Path(path)
+    if target_path is not None:
+        pairs = _read_aligned(path, Path(target_path))
+    elif path.suffix == ".po":
+        pairs = read_catalogue(path)
+    else:
+        pairs = _read_table(path)
+    if not pairs:
+        raise ValueError(f"{path}: no pairs in it, expected at least one")
+    return pairs
+
+
+def read_catalogue(path: str | Path) -> list[Pair]:
+    """Read a gettext catalogue as `read_pairs` does, except that it may hold no translation."""
+    path = Path(path)
+    polib = require("polib", "train")
+    if not path.is_file():  # polib would take the name for the catalogue's text
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        catalogue = polib.pofile(str(path))
+    except (OSError, UnicodeDecodeError) as error:  # polib reports a syntax error as OSError
+        raise ValueError(f"{path}: not a readable gettext catalogue: {error}") from error
+    one = _form_for_one(path, catalogue.metadata.get("Plural-Forms", ""))
+    pairs = []
+    for entry in catalogue.translated_entries():  # without the header, obsolete and fuzzy entries
+        target = entry.msgstr
+        if entry.msgid_plural:
+            if one not in entry.msgstr_plural:
+                raise ValueError(f"{path}, line {entry.linenum}: no msgstr[{one}], which Plural-Forms asks for one")
+            target = entry.msgstr_plural[one]
+        if target.strip():  # real catalogues hold a blank where a translator had nothing to say
+            pairs.append(_pair(f"{path}, line {entry.linenum}", entry.msgid, target))
+    return pairs
+
+
+def split_pairs(pairs: Sequence[Pair], test: int, train: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Shuffle a copy with `random.Random(seed)`; return the first `test` pairs and the next `train`, in this order.
+
+    Raises:
+        ValueError: a negative number, or fewer pairs than test + train.
+    """
+    if test < 0 or train < 0:
+        raise ValueError(f"test and train must not be negative, got {test} and {train}")
+    if test + train > len(pairs):
+        raise ValueError(f"{test} pairs for testing and {train} for training asked for, only {len(pairs)} are there")
+    shuffled = list(pairs)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[:test], shuffled[test : test + train]
+
+
+def _read_table(path: Path) -> list[Pair]:
+    pairs: list[Pair] = []
+    for number, line in enumerate(_lines(path), 1):
+        where = f"{path}, line {number}"
+        cells = line.split("\t")
+        if not 2 <= len(cells) <= 3:
+            raise ValueError(
+                f"{where}: {len(cells) - 1 or 'no'} tab{'s' if len(cells) > 2 else ''} in {_shorten(line)}, "
+                "expected English, tab, translation and optionally a tab and a label"
+            )
+        if pairs and (pairs[0].label is None) != (len(cells) == 2):
+            raise ValueError(
+                f"{where}: {'no label' if len(cells) == 2 else 'a label'}, "
+                f"but line 1 has {'none' if pairs[0].label is None else 'one'}; expected one in every row or in none"
+            )
+        pairs.append(_pair(where, *cells))
+    return pairs
+
+
+def _read_aligned(path: Path, target_path: Path) -> list[Pair]:
+    for each in (path, target_path):
+        if each.suffix == ".po":
+            raise ValueError(f"{each}: a .po catalogue holds both languages, expected it alone or two plain text files")
+    sources, targets = _lines(path), _lines(target_path)
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"{path} has {len(sources)} lines, {target_path} has {len(targets)}, expected equally many: "
+            "line n of one is the translation of line n of the other"
+        )
+    return [
+        _pair(f"{path} and {target_path}, line {number}", source, target)
+        for number, (source, target) in enumerate(zip(sources, targets, strict=True), 1)
+    ]
+
+
+def _form_for_one(path: Path, plural_forms: str) -> int:
+    # Which msgstr[i] counts one thing is the language's own matter: it is the second form in Arabic.
+    formula = re.search(r"plural\s*=\s*([^;]+)", plural_forms)
+    if formula is None:
+        return 0
+    try:
+        return int(gettext.c2py(formula[1].strip())(1))
+    except ValueError as error:
+        raise ValueError(f"{path}: Plural-Forms {plural_forms!r} in the header cannot be read: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        raise ValueError(
+            f"{path}, line {line}, byte {column}: 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})"
+        ) from error
+    # Not splitlines(), which also breaks at characters that belong to a sentence, such as U+2028.
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _pair(where: str, source: str, target: str, label: str | None = None) -> Pair:
+    pair = Pair(source.strip(), target.strip(), None if label is None else label.strip())
+    for name, text in zip(("English side", "translation", "label"), pair, strict=True):
+        if text == "":
+            raise ValueError(f"{where}: the {name} is empty, expected text")
+    return pair
+
+
+def _shorten(line: str) -> str:
+    return repr(line if len(line) <= 60 else line[:57] + "...")
