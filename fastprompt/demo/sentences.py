@@ -7,7 +7,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastprompt.demo.packages import DJANGO, cache_folder, download
+from fastprompt._files import cache_folder
+from fastprompt.demo.packages import DJANGO, download
 from fastprompt.tasks.parallel import Pair, read_catalogue, split_pairs
 
 MIN_WORDS = 3  # of the English; with four a scarce language keeps too few

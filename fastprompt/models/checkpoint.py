@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
+
+from fastprompt._files import write_tensors, write_text
 
 from .config import PromptConfig
 
@@ -23,25 +24,6 @@ _HEADS = {
 }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write aside and rename: a reader finds the old file or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """As `write_text`, for a safetensors file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt"})
-    os.replace(aside, path)
-
-
-def head_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters of a task's head, by their name in the backbone."""
-    return {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-
-
 def save(model, directory: Path) -> None:
     """See `PromptModel.save_pretrained`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,7 +31,7 @@ def save(model, directory: Path) -> None:
     whole = config.kind == "prompt" or len(model.prompt.layers) == geometry.layers
     name = type(model.backbone).__name__
     task = next((task for ending, task in _HEADS.items() if name.endswith(ending)), "FEATURE_EXTRACTION")
-    head = head_parameters(model.backbone)
+    head = model.head()
     modules = sorted({name.split(".")[0] for name in head})
     kv_heads = geometry.kv_heads if config.kind == "prefix" else model.backbone.config.num_attention_heads
     peft_config = {

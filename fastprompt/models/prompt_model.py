@@ -46,6 +46,7 @@ class PromptModel(nn.Module):
             )
         self.config, self.backbone, self._packed = config, backbone, packed
         freeze(backbone)
+        self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
         initial = _initial(config, packed, layers)
         if config.kind == "prompt":
             self.prompt = Prompt(initial)
@@ -60,16 +61,29 @@ class PromptModel(nn.Module):
             return_logits: for a causal language model in training, give the logits of all text positions as well.
         """
         return_dict = inputs.pop("return_dict", True)
-        offset = self.config.num_virtual_tokens if self.config.position_offset == "peft" else 0
         output = self._packed(
             inputs,
             **{self.config.kind: self.prompt()},
-            position_offset=offset,
+            position_offset=self._position_offset,
             prefix_in_window=self.config.prefix_in_window,
             labels=labels,
             all_logits=return_logits or not self.training or labels is None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    @property
+    def _position_offset(self) -> int:
+        return self.config.num_virtual_tokens if self.config.position_offset == "peft" else 0
+
+    @property
+    def text_positions(self) -> int | None:
+        """The longest text, in tokens, that the position table has room for beside the prompt; None: any length."""
+        table = self._packed.geometry.positions
+        return None if table is None else table - self._position_offset
+
+    def head(self) -> dict[str, nn.Parameter]:
+        """The parameters of a task's head, which train and are saved with the prompt, by their name in the backbone."""
+        return {name: self.backbone.get_parameter(name) for name in self._head}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`."""

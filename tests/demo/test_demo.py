@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import WORDS, tokenizer_file
 from rich.console import Console
 
 from fastprompt.demo import __main__ as program
@@ -69,13 +70,6 @@ def test_download_takes_what_is_pinned_and_nothing_else(index, tmp_path):
         packages.download([wanted[1]._replace(version="2.0")], into)
 
 
-def test_cache_folder(monkeypatch):
-    monkeypatch.setenv("FASTPROMPT_CACHE", "/some/where")
-    assert packages.cache_folder() == Path("/some/where")
-    monkeypatch.delenv("FASTPROMPT_CACHE")
-    assert packages.cache_folder() == Path.home() / ".cache" / "fastprompt"
-
-
 # Model
 
 POSITIONS = 40
@@ -127,26 +121,12 @@ def weights_file(hidden: int, layers: int, wide: int, vocabulary: int) -> tuple[
     return head + table + data, tensors
 
 
-def tokenizer_file(words: list[str]) -> bytes:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {word: n for n, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = [("<s>", 0), ("</s>", 2)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
-    return tokenizer.to_str().encode()
-
-
-WORDS = [f"w{n}" for n in range(43)]
-
-
 @pytest.fixture
 def pinned_model(index, monkeypatch) -> dict[str, np.ndarray]:
     """Pins of packages that hold a small random encoder; its weights."""
     raw, tensors = weights_file(hidden=32, layers=2, wide=96, vocabulary=48)
     monkeypatch.setattr(models, "E5_WEIGHTS", make_wheel(index, "weights", {"a/e5-small-q4.bin": raw}))
-    tokenizer = make_wheel(index, "tokenizer", {"b/tokenizer.json": tokenizer_file(WORDS)})
+    tokenizer = make_wheel(index, "tokenizer", {"b/tokenizer.json": tokenizer_file()})
     monkeypatch.setattr(models, "E5_TOKENIZER", tokenizer)
     return tensors
 

@@ -75,7 +75,12 @@ def test_a_trained_head_is_kept(family, tmp_path):
     expected = ours(**inputs).logits
     theirs = peft.PeftModel.from_pretrained(build(family, auto, torch.float32, seed=0), tmp_path).eval()
     torch.testing.assert_close(theirs(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(PromptModel.from_pretrained(fresh, tmp_path).eval()(**inputs).logits, expected)
+    again = PromptModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(again(**inputs).logits, expected)
+    again.save_pretrained(tmp_path / "again")  # loaded for inference: the head is still part of it
+    twice = PromptModel.from_pretrained(build(family, auto, torch.float32, seed=1), tmp_path / "again")
+    for name in head:
+        assert torch.equal(twice.head()[name], head[name])
 
 
 def test_bad_checkpoints(tmp_path):

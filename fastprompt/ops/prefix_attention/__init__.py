@@ -1,6 +1,5 @@
 """prefix_attention: packed, ragged attention in which every segment also reads a learned prefix."""
 
-import torch
 from torch import Tensor
 
 from fastprompt.ops._checks import check_cu_seqlens, check_indices

@@ -1,0 +1,314 @@
+"""Prefix attention through Triton: the operator, its autograd, and the launches. Imported only where triton is there.
+
+All launches follow from shapes; no value on the device is read on the host.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_backward as backward_kernels
+from . import triton_kernels as forward_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD = 256
+INTERPRETED = triton.knobs.runtime.interpret
+
+# (rows, columns, warps, stages) at most, by kernel and padded head dimension: what keeps all in registers.
+CONFIGURATIONS = {
+    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+    "query": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)},
+    "columns": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)},
+}
+# float32 products run on the plain cores and hold twice the bytes.
+FLOAT32_CONFIGURATIONS = {
+    "forward": {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 1)},
+    "query": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "columns": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+}
+DELTA_ROWS = 32
+SPLITS, PROGRAMS = 16, 256  # of the prefix's gradient: at most so many partial sums, for about so many programs
+
+
+def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, columns: int) -> dict[str, int]:
+    """Tile sizes and launch options.
+
+    Args:
+        kernel: "forward", "query" or "columns".
+        features: D.
+        rows, columns: how many rows and columns a tile can typically fill: larger ones would compute on padding.
+    """
+    block = _block(features)
+    table = (FLOAT32_CONFIGURATIONS if dtype == torch.float32 else CONFIGURATIONS)[kernel]
+    most_rows, most_columns, warps, stages = table[max(64, block)]
+    tile_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
+    tile_columns = min(most_columns, max(16, triton.next_power_of_2(columns)))
+    owned, most_owned = (tile_columns, most_columns) if kernel == "columns" else (tile_rows, most_rows)
+    warps = max(1, warps * owned // most_owned)  # they share the tile that stays
+    return dict(
+        FEATURES=features,
+        FEATURES_BLOCK=block,
+        ROWS=tile_rows,
+        COLUMNS=tile_columns,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def _block(features: int) -> int:
+    return max(16, triton.next_power_of_2(features))  # 16: the least that tl.dot takes
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
+
+
+def _typical(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
+    """The mean segment's tokens, and its rows in a tile: one per token and query head of a group."""
+    tokens = max(1, triton.cdiv(query.shape[0], max(1, cu_seqlens.shape[0] - 1)))
+    return tokens, tokens * (query.shape[1] // key.shape[1])
+
+
+def _slots(rows: int, block: int, cu_seqlens: Tensor) -> int:
+    return rows // block + cu_seqlens.shape[0] - 1  # see find_tile
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x with features side by side, in a type that the interpreter can compute with: it has no bfloat16."""
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.stride()[:-1] for x in tensors)
+
+
+def _reach(window: int | None, is_causal: bool) -> int | None:
+    """How far behind a row the last column lies that it sees."""
+    return window - 1 if window is not None and is_causal else window
+
+
+@torch.library.custom_op("fastprompt::prefix_attention_triton", mutates_args=())
+def _prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    cu_seqlens: Tensor,
+    prefix_index: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    prefix_in_window: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    tensors = [_readable(x) for x in (query, key, value, prefix_key, prefix_value)]
+    out, lse = _outputs(tensors[0])
+    tokens, heads, features = query.shape
+    kv_heads, prefix = key.shape[1], prefix_key.shape[2]
+    typical, typical_rows = _typical(query, key, cu_seqlens)
+    config = configuration("forward", features, tensors[0].dtype, typical_rows, max(typical, prefix))
+    slots = _slots(tokens * (heads // kv_heads), config["ROWS"], cu_seqlens)
+    if tokens:
+        with torch.cuda.device_of(query):
+            forward_kernels.forward_kernel[(slots, kv_heads)](
+                *(*tensors, cu_seqlens, prefix_index, seed, out, lse, _strides(*tensors)),
+                *(cu_seqlens.shape[0] - 1, prefix, scale, _reach(window, is_causal), softcap, dropout_p),
+                GROUP=heads // kv_heads,
+                CAUSAL=is_causal,
+                PREFIX_IN_WINDOW=prefix_in_window,
+                PRECISION=_precision(),
+                **config,
+            )
+    return out.to(query.dtype), lse
+
+
+def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """out (T, H, D), log-sum-exp (T, H), not yet filled."""
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@_prefix_attention.register_fake
+def _(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, *options):
+    return _outputs(query)
+
+
+@torch.library.custom_op("fastprompt::prefix_attention_triton_backward", mutates_args=())
+def _prefix_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    prefix_index: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    prefix_in_window: bool,
+    dropout_p: float,
+    query_needs: bool,
+    segments_need: bool,
+    prefix_needs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five gradients; empty are the query's, the key's and value's and the prefix's, where not needed."""
+    dtype = query.dtype
+    grad, query, key, value, prefix_key, prefix_value, out = (
+        _readable(x) for x in (grad, query, key, value, prefix_key, prefix_value, out)
+    )
+    needs = query_needs, segments_need, prefix_needs
+    grads = _gradients(query, key, value, prefix_key, prefix_value, *needs)
+    (tokens, heads, features), kv_heads, prefix = query.shape, key.shape[1], prefix_key.shape[2]
+    group, segments = heads // kv_heads, cu_seqlens.shape[0] - 1
+    typical, typical_rows = _typical(query, key, cu_seqlens)
+    reach = _reach(window, is_causal)
+    options = scale, reach, softcap, dropout_p
+    constants = dict(GROUP=group, PRECISION=_precision())
+    delta = torch.empty_like(lse)
+    with torch.cuda.device_of(query):
+        if tokens:
+            backward_kernels.delta_kernel[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
+                *(grad, out, delta, grad.stride()[:-1], tokens * heads, heads),
+                *(features, _block(features), DELTA_ROWS),
+            )
+        if query_needs and tokens:
+            config = configuration("query", features, query.dtype, typical_rows, max(typical, prefix))
+            tensors = query, key, value, prefix_key, prefix_value
+            backward_kernels.query_kernel[(_slots(tokens * group, config["ROWS"], cu_seqlens), kv_heads)](
+                *(grad, *tensors, cu_seqlens, prefix_index, seed, lse, delta, grads[0]),
+                *(grad.stride()[:-1], _strides(*tensors), segments, prefix, *options),
+                CAUSAL=is_causal,
+                PREFIX_IN_WINDOW=prefix_in_window,
+                **constants,
+                **config,
+            )
+        if segments_need and tokens:
+            config = configuration("columns", features, query.dtype, typical_rows, typical)
+            tensors = query, key, value
+            backward_kernels.key_value_kernel[(_slots(tokens, config["COLUMNS"], cu_seqlens), kv_heads)](
+                *(grad, *tensors, cu_seqlens, seed, lse, delta, *grads[1:3]),
+                *(grad.stride()[:-1], _strides(*tensors), segments, *options),
+                CAUSAL=is_causal,
+                **constants,
+                **config,
+            )
+        if prefix_needs and prefix_key.numel():
+            config = configuration("columns", features, query.dtype, tokens * group, prefix)
+            window_reach = reach if prefix_in_window else None
+            _prefix_gradients(
+                *(grad, query, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, lse, delta, grads[3:]),
+                *((scale, window_reach, softcap, dropout_p), constants, config),
+            )
+    return tuple(x.to(dtype) for x in grads)
+
+
+def _prefix_gradients(
+    grad: Tensor,
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    cu_seqlens: Tensor,
+    prefix_index: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    grads: tuple[Tensor, Tensor],
+    options: tuple,
+    constants: dict,
+    config: dict[str, int],
+) -> None:
+    """Fill `grads`, of prefix_key and prefix_value."""
+    tokens = query.shape[0]
+    entries, kv_heads, prefix, _ = prefix_key.shape
+    rows = tokens * constants["GROUP"]
+    blocks = triton.cdiv(prefix, config["COLUMNS"]) * entries * kv_heads
+    splits = max(1, min(SPLITS, PROGRAMS // blocks, rows // (2 * config["ROWS"])))
+    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config["ROWS"]) * config["ROWS"]
+    parts = grads
+    if splits > 1:
+        parts = partial = prefix_key.new_empty((2, splits, *prefix_key.shape), dtype=torch.float32)
+    row_segment = None
+    if prefix_index is not None or options[1] is not None:
+        token = torch.arange(tokens, dtype=torch.int32, device=query.device)
+        row_segment = torch.searchsorted(cu_seqlens[1:], token, right=True, out_int32=True)
+    tensors = query, prefix_key, prefix_value
+    backward_kernels.prefix_kernel[(triton.cdiv(prefix, config["COLUMNS"]), entries * kv_heads, splits)](
+        *(grad, *tensors, cu_seqlens, prefix_index, row_segment, seed, lse, delta, parts[0], parts[1]),
+        *(grad.stride()[:-1], _strides(*tensors), rows, rows_per_split, kv_heads, prefix, *options),
+        **constants,
+        **config,
+    )
+    if splits > 1:
+        count = prefix_key.numel()
+        backward_kernels.sum_splits_kernel[(triton.cdiv(count, 1024), 2)](partial, *grads, splits, count, 1024)
+
+
+def _gradients(
+    query, key, value, prefix_key, prefix_value, query_needs: bool, segments_need: bool, prefix_needs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs = query_needs, segments_need, segments_need, prefix_needs, prefix_needs
+    tensors = query, key, value, prefix_key, prefix_value
+    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(tensors, needs, strict=True))
+
+
+@_prefix_attention_backward.register_fake
+def _(grad, query, key, value, prefix_key, prefix_value, *rest):
+    return _gradients(query, key, value, prefix_key, prefix_value, *rest[-3:])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, prefix_index, seed = inputs[:8]
+    ctx.options = inputs[8:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors[:5], *output, *tensors[5:], prefix_index, seed)
+
+
+def _backward_formula(ctx, grad_out, grad_lse):
+    need = ctx.needs_input_grad
+    needs = need[0], need[1] or need[2], need[3] or need[4]
+    grads = _prefix_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *needs)
+    wanted = [g if wants else None for g, wants in zip(grads, need[:5], strict=True)]
+    return *wanted, *[None] * (len(need) - 5)
+
+
+_prefix_attention.register_autograd(_backward_formula, setup_context=_setup_context)
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    cu_seqlens: Tensor,
+    prefix_index: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    prefix_in_window: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H, D) and log-sum-exp (T, H), which is not differentiable; arguments as of ops.prefix_attention."""
+    if query.dtype not in DTYPES:
+        raise ValueError(f"backend 'triton' computes in float32, bfloat16 or float16, got {query.dtype}")
+    if query.shape[-1] > LARGEST_HEAD:
+        raise ValueError(f"backend 'triton' takes heads of at most {LARGEST_HEAD} features, got {query.shape[-1]}")
+    if query.device.type == "cpu" and not INTERPRETED:
+        raise ValueError("backend 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1 in the environment)")
+    seed = None
+    if dropout_p > 0:  # drawn on the device, which nobody then waits for: a graph that is replayed draws anew
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
+    return _prefix_attention(
+        *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed),
+        *(is_causal, scale, window, softcap, prefix_in_window, dropout_p),
+    )

@@ -1,0 +1,337 @@
+"""Triton kernels of prefix attention's backward. Nothing is added atomically: equal inputs give equal bits.
+
+Rows are laid out as in triton_kernels.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import (
+    LOG2E,
+    column_tiles,
+    find_tile,
+    kept,
+    load_rows,
+    row_offsets,
+    scores,
+    source,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def delta_kernel(
+    grad,
+    out,
+    delta,
+    grad_strides,
+    count,
+    heads,
+    FEATURES: tl.constexpr,
+    FEATURES_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """delta = sum of grad * out over the features, (T, H). Grid: (tiles of T * H rows,)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < count
+    do = load_rows(grad, row_offsets(row // heads, row % heads, grad_strides), valid, FEATURES, FEATURES_BLOCK)
+    o = load_rows(out, row.to(tl.int64) * FEATURES, valid, FEATURES, FEATURES_BLOCK)
+    tl.store(delta + row, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=valid)
+
+
+@triton.jit
+def query_kernel(
+    grad,
+    query,
+    key,
+    value,
+    prefix_key,
+    prefix_value,
+    cu_seqlens,
+    prefix_index,
+    seed,
+    lse,
+    delta,
+    grad_query,
+    grad_strides,
+    strides,
+    segments,
+    prefix,
+    scale,
+    reach,
+    softcap,
+    dropout_p,
+    GROUP: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX_IN_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The query's gradient (T, H, D), one tile of rows. Grid: (slots, Hkv)."""
+    query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides = strides
+    segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
+    if first_row >= length * GROUP:
+        return
+    kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP
+    row = first_row + tl.arange(0, ROWS)
+    valid = row < length * GROUP
+    position, head = row // GROUP, kv_head * GROUP + row % GROUP
+    q = load_rows(query, row_offsets(begin + position, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
+    do = load_rows(grad, row_offsets(begin + position, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
+    row_lse = tl.load(lse + (begin + position) * heads + head, mask=valid, other=0.0) * LOG2E
+    row_delta = tl.load(delta + (begin + position) * heads + head, mask=valid, other=0.0)
+
+    entry = segment * 0
+    if prefix_index is not None:
+        entry = tl.load(prefix_index + segment)
+    keys, prefix_keys = source(key, prefix_key, key_strides, prefix_key_strides, begin, entry, kv_head, prefix)
+    values, prefix_values = source(
+        value, prefix_value, value_strides, prefix_value_strides, begin, entry, kv_head, prefix
+    )
+    low, high = first_row // GROUP, (first_row + ROWS - 1) // GROUP
+    first_tile, prefix_tiles, first_column, tiles = column_tiles(
+        low, high, length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
+    )
+    sums = tl.zeros((ROWS, FEATURES_BLOCK), dtype=tl.float32)
+    for tile in range(first_tile, tiles):
+        in_prefix = tile < prefix_tiles
+        first = tl.where(in_prefix, tile * COLUMNS - prefix, (tile - prefix_tiles) * COLUMNS + first_column)
+        column = first + tl.arange(0, COLUMNS)
+        there = column < tl.where(in_prefix, 0, length)
+        k = load_rows(
+            tl.where(in_prefix, prefix_keys, keys),
+            column.to(tl.int64) * tl.where(in_prefix, prefix_key_strides[2], key_strides[0]),
+            there,
+            FEATURES,
+            FEATURES_BLOCK,
+        )
+        v = load_rows(
+            tl.where(in_prefix, prefix_values, values),
+            column.to(tl.int64) * tl.where(in_prefix, prefix_value_strides[2], value_strides[0]),
+            there,
+            FEATURES,
+            FEATURES_BLOCK,
+        )
+        score, slope = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
+        seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
+        weight = tl.where(seen, tl.exp2(score - row_lse[:, None]), 0.0)
+        grad_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if seed is not None:
+            keep = kept(seed, (begin + position) * heads + head, first, prefix, dropout_p, ROWS, COLUMNS)
+            grad_weight = tl.where(keep, grad_weight * (1.0 / (1.0 - dropout_p)), 0.0)
+        grad_score = weight * (grad_weight - row_delta[:, None]) * slope
+        sums = tl.dot(grad_score.to(k.dtype), k, sums, input_precision=PRECISION)
+    written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
+    store_rows(grad_query, written, valid, sums * scale, FEATURES, FEATURES_BLOCK)
+
+
+@triton.jit
+def add_rows(
+    sums_key,
+    sums_value,
+    k,
+    v,
+    first_column,
+    grad,
+    query,
+    lse,
+    delta,
+    grad_strides,
+    query_strides,
+    token,
+    head,
+    heads,
+    position,
+    valid,
+    seed,
+    length,
+    prefix,
+    scale,
+    reach,
+    softcap,
+    dropout_p,
+    FEATURES: tl.constexpr,
+    FEATURES_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Add what a tile of rows gives to the gradients of a tile of columns, both (COLUMNS, D); scores lie transposed.
+
+    Rows that are not `valid` give zero, as their query, grad and delta are. A column past the last has any value at
+    all, which goes nowhere.
+    """
+    q = load_rows(query, row_offsets(token, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
+    do = load_rows(grad, row_offsets(token, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
+    row_lse = tl.load(lse + token * heads + head, mask=valid, other=0.0) * LOG2E
+    row_delta = tl.load(delta + token * heads + head, mask=valid, other=0.0)
+    score, slope = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
+    weight = tl.exp2(score - row_lse[None, :])
+    if CAUSAL or reach is not None:
+        column = first_column + tl.arange(0, COLUMNS)
+        weight = tl.where(visible(position[None, :], column[:, None], length, reach, CAUSAL, True), weight, 0.0)
+    grad_weight = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    given = weight
+    if seed is not None:
+        keep = tl.trans(kept(seed, token * heads + head, first_column, prefix, dropout_p, ROWS, COLUMNS))
+        given = tl.where(keep, weight * (1.0 / (1.0 - dropout_p)), 0.0)
+        grad_weight = tl.where(keep, grad_weight * (1.0 / (1.0 - dropout_p)), 0.0)
+    sums_value = tl.dot(given.to(do.dtype), do, sums_value, input_precision=PRECISION)
+    grad_score = weight * (grad_weight - row_delta[None, :]) * slope
+    sums_key = tl.dot(grad_score.to(q.dtype), q, sums_key, input_precision=PRECISION)
+    return sums_key, sums_value
+
+
+@triton.jit
+def key_value_kernel(
+    grad,
+    query,
+    key,
+    value,
+    cu_seqlens,
+    seed,
+    lse,
+    delta,
+    grad_key,
+    grad_value,
+    grad_strides,
+    strides,
+    segments,
+    scale,
+    reach,
+    softcap,
+    dropout_p,
+    GROUP: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradients (T, Hkv, D) of key and value, one tile of a segment's columns. Grid: (slots, Hkv)."""
+    query_strides, key_strides, value_strides = strides
+    _, begin, length, first_column = find_tile(tl.program_id(0), cu_seqlens, segments, 1, COLUMNS)
+    if first_column >= length:
+        return
+    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
+    column = first_column + tl.arange(0, COLUMNS)
+    there = column < length
+    k = load_rows(key, row_offsets(begin + column, kv_head, key_strides), there, FEATURES, FEATURES_BLOCK)
+    v = load_rows(value, row_offsets(begin + column, kv_head, value_strides), there, FEATURES, FEATURES_BLOCK)
+    low, end = 0, length
+    if reach is not None:
+        low = tl.maximum(first_column - reach, 0)
+        end = tl.minimum(length, first_column + COLUMNS + reach)
+    if CAUSAL:
+        low = first_column
+    sums_key = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
+    sums_value = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
+    for first_row in range(low * GROUP, end * GROUP, ROWS):
+        row = first_row + tl.arange(0, ROWS)
+        position, head = row // GROUP, kv_head * GROUP + row % GROUP
+        sums_key, sums_value = add_rows(
+            *(sums_key, sums_value, k, v, first_column, grad, query, lse, delta, grad_strides, query_strides),
+            *(begin + position, head, kv_heads * GROUP, position, row < end * GROUP, seed, length, 0),
+            *(scale, reach, softcap, dropout_p),
+            *(FEATURES, FEATURES_BLOCK, CAUSAL, PRECISION, ROWS, COLUMNS),
+        )
+    written = row_offsets(begin + column, kv_head, (kv_heads * FEATURES, FEATURES))
+    store_rows(grad_key, written, there, sums_key * scale, FEATURES, FEATURES_BLOCK)
+    store_rows(grad_value, written, there, sums_value, FEATURES, FEATURES_BLOCK)
+
+
+@triton.jit
+def prefix_kernel(
+    grad,
+    query,
+    prefix_key,
+    prefix_value,
+    cu_seqlens,
+    prefix_index,
+    row_segment,
+    seed,
+    lse,
+    delta,
+    grad_prefix_key,
+    grad_prefix_value,
+    grad_strides,
+    strides,
+    rows,
+    rows_per_split,
+    kv_heads,
+    prefix,
+    scale,
+    reach,
+    softcap,
+    dropout_p,
+    GROUP: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradients of the prefixes, summed over a part of all rows: (splits, N, Hkv, P, D).
+
+    A prefix is columns to the rows of all segments alike, so tiles of rows go across segments. Which rows read another
+    prefix of a bank, or are too far behind, is looked up in row_segment (T,); None where neither can be.
+
+    Grid: (tiles of P, N * Hkv, splits).
+    """
+    query_strides, prefix_key_strides, prefix_value_strides = strides
+    entry, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    first_column = tl.program_id(0) * COLUMNS - prefix
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < prefix
+    key_offset = row_offsets(entry, kv_head, prefix_key_strides) + column.to(tl.int64) * prefix_key_strides[2]
+    value_offset = row_offsets(entry, kv_head, prefix_value_strides) + column.to(tl.int64) * prefix_value_strides[2]
+    k = load_rows(prefix_key, key_offset, there, FEATURES, FEATURES_BLOCK)
+    v = load_rows(prefix_value, value_offset, there, FEATURES, FEATURES_BLOCK)
+    first = tl.program_id(2) * rows_per_split
+    end = tl.minimum(first + rows_per_split, rows)
+    sums_key = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
+    sums_value = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
+    for first_row in range(first, end, ROWS):
+        row = first_row + tl.arange(0, ROWS)
+        valid = row < end
+        token, head = row // GROUP, kv_head * GROUP + row % GROUP
+        position, some = token, True
+        if row_segment is not None:
+            segment = tl.load(row_segment + token, mask=valid, other=0)
+            if prefix_index is not None:
+                valid = valid & (tl.load(prefix_index + segment, mask=valid, other=0) == entry)
+            if reach is not None:
+                position = token - tl.load(cu_seqlens + segment, mask=valid, other=0)
+                valid = valid & (position - (first_column + COLUMNS - 1) <= reach)
+            some = tl.max(valid.to(tl.int32)) > 0
+        if some:
+            sums_key, sums_value = add_rows(
+                *(sums_key, sums_value, k, v, first_column, grad, query, lse, delta, grad_strides, query_strides),
+                *(token, head, kv_heads * GROUP, position, valid, seed, 0, prefix, scale, reach, softcap, dropout_p),
+                *(FEATURES, FEATURES_BLOCK, False, PRECISION, ROWS, COLUMNS),
+            )
+    block = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    written = (block.to(tl.int64) * prefix + column) * FEATURES
+    store_rows(grad_prefix_key, written, there, sums_key * scale, FEATURES, FEATURES_BLOCK)
+    store_rows(grad_prefix_value, written, there, sums_value, FEATURES, FEATURES_BLOCK)
+
+
+@triton.jit
+def sum_splits_kernel(partial, grad_prefix_key, grad_prefix_value, splits, count, BLOCK: tl.constexpr):
+    """The sums of partial (2, splits, count) over its splits, in their order. Grid: (blocks of count, 2)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(1)
+    first = partial + which.to(tl.int64) * splits * count
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in range(splits):
+        total += tl.load(first + split * count + i, mask=i < count, other=0.0)
+    grad = grad_prefix_key
+    if which == 1:
+        grad = grad_prefix_value
+    tl.store(grad + i, total.to(grad.dtype.element_ty), mask=i < count)

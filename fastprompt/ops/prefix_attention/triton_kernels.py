@@ -1,0 +1,233 @@
+"""Triton kernels of prefix attention: what all share, and the forward.
+
+The query heads of a group lie in one tile beside each other: "row" r of a segment is its token r // GROUP under query
+head r % GROUP of the group. So a group reads its keys and values once, and short segments fill their tiles.
+
+Scores are kept in units of ln 2, which makes exp2, the one exponential the hardware has, enough. Arguments that are
+None (prefix_index, reach, softcap, seed) and GROUP, FEATURES, ... are constants of the compilation.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SEARCHED = tl.constexpr(128)
+
+
+@triton.jit
+def find_tile(slot, cu_seqlens, segments, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Which segment, and which BLOCK of its rows, a program works on: (segment, begin, length, first row).
+
+    Segment b owns the slots from cu_seqlens[b] * GROUP // BLOCK + b on: at least as many as it has tiles, so the grid
+    follows from shapes alone. The first row of a slot that is too many lies behind the segment's last.
+    """
+    segment = -1
+    for first in range(0, segments, SEARCHED):
+        b = first + tl.arange(0, SEARCHED)
+        begin = tl.load(cu_seqlens + b, mask=b < segments, other=0)
+        segment += tl.sum(((begin * GROUP // BLOCK + b <= slot) & (b < segments)).to(tl.int32))
+    begin = tl.load(cu_seqlens + segment)
+    length = tl.load(cu_seqlens + segment + 1) - begin
+    return segment, begin, length, (slot - begin * GROUP // BLOCK - segment) * BLOCK
+
+
+@triton.jit
+def load_rows(tensor, offset, valid, FEATURES: tl.constexpr, FEATURES_BLOCK: tl.constexpr):
+    """tensor[offset] for offsets (R,) of rows -> (R, FEATURES_BLOCK), zero where not `valid` and past FEATURES."""
+    feature = tl.arange(0, FEATURES_BLOCK)
+    mask = valid[:, None]
+    if FEATURES != FEATURES_BLOCK:
+        mask = mask & (feature < FEATURES)[None, :]
+    return tl.load(tensor + offset[:, None] + feature[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(tensor, offset, valid, rows, FEATURES: tl.constexpr, FEATURES_BLOCK: tl.constexpr):
+    feature = tl.arange(0, FEATURES_BLOCK)
+    mask = valid[:, None]
+    if FEATURES != FEATURES_BLOCK:
+        mask = mask & (feature < FEATURES)[None, :]
+    tl.store(tensor + offset[:, None] + feature[None, :], rows.to(tensor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_offsets(token, head, strides):
+    """Offsets of rows of a (T, heads, D) tensor. 64 bit: T * heads * D may pass 2**31."""
+    return token.to(tl.int64) * strides[0] + head * strides[1]
+
+
+@triton.jit
+def tanh(x):
+    # No tanh serves both the GPU and the interpreter. 1 - 2 / (exp(2x) + 1) cancels near 0, the polynomial does not.
+    square = x * x
+    tail = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square + 1.33314422036e-1
+    near = x + x * square * (tail * square - 3.33332819422e-1)
+    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, far)
+
+
+@triton.jit
+def scores(product, scale, softcap):
+    """Scores of the products q.k in units of ln 2, and their derivative but for `scale`."""
+    if softcap is None:
+        return product * (scale * LOG2E), 1.0
+    else:  # not compiled then
+        capped = tanh(product * (scale / softcap))
+        return capped * (softcap * LOG2E), 1.0 - capped * capped
+
+
+@triton.jit
+def visible(row, column, length, reach, CAUSAL: tl.constexpr, PREFIX_IN_WINDOW: tl.constexpr):
+    """Whether rows at positions of a segment see columns at positions; those of the prefix are -P..-1."""
+    seen = column < length
+    if CAUSAL:
+        seen = seen & (column <= row)
+    if reach is not None:
+        inside = row - column <= reach
+        if not CAUSAL:
+            inside = inside & (column - row <= reach)
+        if not PREFIX_IN_WINDOW:
+            inside = inside | (column < 0)
+        seen = seen & inside
+    return seen
+
+
+@triton.jit
+def kept(seed, row, first, prefix, dropout_p, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) bool: which weights dropout keeps. It counts by the weight's own place, whatever the tiles.
+
+    One call of the generator serves four neighbouring columns: tiles begin at multiples of 4 of their part's columns.
+
+    Args:
+        row: (ROWS,) token * H + head, token counted over all segments.
+        first: position of the first column, negative in the prefix.
+    """
+    quad = tl.where(first < 0, first + prefix, first) // 4 + tl.arange(0, COLUMNS // 4)
+    part = (first < 0).to(tl.int32)
+    zero = tl.zeros((ROWS, COLUMNS // 4), dtype=tl.int32)
+    a, b, c, d = tl.philox(tl.load(seed), zero + quad[None, :], zero + row[:, None], zero + part, zero)
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, COLUMNS))
+    return tl.uint_to_uniform_float(bits) >= dropout_p
+
+
+@triton.jit
+def column_tiles(
+    low, high, length, prefix, reach, CAUSAL: tl.constexpr, PREFIX_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The columns that rows at positions low..high can see: (first tile of the prefix, its end, first column, tiles).
+
+    Tiles of the prefix and of the segment are counted through, for one loop: two would each wait for their first load.
+    """
+    prefix_begin, begin, end = 0, 0, length
+    if CAUSAL:
+        end = tl.minimum(length, high + 1)
+    if reach is not None:
+        begin = tl.maximum(low - reach, 0) // BLOCK * BLOCK
+        if not CAUSAL:
+            end = tl.minimum(length, high + reach + 1)
+        if PREFIX_IN_WINDOW:
+            prefix_begin = tl.maximum(low - reach + prefix, 0) // BLOCK
+    prefix_end = tl.cdiv(prefix, BLOCK)
+    return tl.minimum(prefix_begin, prefix_end), prefix_end, begin, prefix_end + tl.cdiv(end - begin, BLOCK)
+
+
+@triton.jit
+def source(tensor, prefix_tensor, strides, prefix_strides, begin, entry, kv_head, prefix):
+    """Pointers to position 0 of the segment, and to where position 0 would be if it followed the prefix."""
+    segment_source = tensor + begin.to(tl.int64) * strides[0] + kv_head * strides[1]
+    prefix_offset = entry.to(tl.int64) * prefix_strides[0] + kv_head * prefix_strides[1] + prefix * prefix_strides[2]
+    return segment_source, prefix_tensor + prefix_offset
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    prefix_key,
+    prefix_value,
+    cu_seqlens,
+    prefix_index,
+    seed,
+    out,
+    lse,
+    strides,
+    segments,
+    prefix,
+    scale,
+    reach,
+    softcap,
+    dropout_p,
+    GROUP: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX_IN_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out (T, H, D) and log-sum-exp (T, H) of one tile of rows. Grid: (slots, Hkv)."""
+    query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides = strides
+    segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
+    if first_row >= length * GROUP:
+        return
+    kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP
+    row = first_row + tl.arange(0, ROWS)
+    valid = row < length * GROUP
+    position, head = row // GROUP, kv_head * GROUP + row % GROUP
+    q = load_rows(query, row_offsets(begin + position, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
+
+    entry = segment * 0
+    if prefix_index is not None:
+        entry = tl.load(prefix_index + segment)
+    keys, prefix_keys = source(key, prefix_key, key_strides, prefix_key_strides, begin, entry, kv_head, prefix)
+    values, prefix_values = source(
+        value, prefix_value, value_strides, prefix_value_strides, begin, entry, kv_head, prefix
+    )
+    low, high = first_row // GROUP, (first_row + ROWS - 1) // GROUP
+    first_tile, prefix_tiles, first_column, tiles = column_tiles(
+        low, high, length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
+    )
+    peak = tl.full((ROWS,), -1e30, dtype=tl.float32)  # finite: a tile may hide all its columns from a row
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    sums = tl.zeros((ROWS, FEATURES_BLOCK), dtype=tl.float32)
+    for tile in range(first_tile, tiles):
+        in_prefix = tile < prefix_tiles
+        first = tl.where(in_prefix, tile * COLUMNS - prefix, (tile - prefix_tiles) * COLUMNS + first_column)
+        column = first + tl.arange(0, COLUMNS)
+        there = column < tl.where(in_prefix, 0, length)
+        k = load_rows(
+            tl.where(in_prefix, prefix_keys, keys),
+            column.to(tl.int64) * tl.where(in_prefix, prefix_key_strides[2], key_strides[0]),
+            there,
+            FEATURES,
+            FEATURES_BLOCK,
+        )
+        v = load_rows(
+            tl.where(in_prefix, prefix_values, values),
+            column.to(tl.int64) * tl.where(in_prefix, prefix_value_strides[2], value_strides[0]),
+            there,
+            FEATURES,
+            FEATURES_BLOCK,
+        )
+        score, _ = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
+        seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None])
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink + tl.sum(weight, 1)
+        peak = higher
+        if seed is not None:
+            keep = kept(seed, (begin + position) * heads + head, first, prefix, dropout_p, ROWS, COLUMNS)
+            weight = tl.where(keep, weight, 0.0)
+        sums = tl.dot(weight.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
+    total = tl.where(valid, total, 1.0)  # a row past the end may have seen nothing
+    norm = 1.0 / total
+    if seed is not None:
+        norm = norm / (1.0 - dropout_p)
+    written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
+    store_rows(out, written, valid, sums * norm[:, None], FEATURES, FEATURES_BLOCK)
+    tl.store(lse + (begin + position) * heads + head, (peak + tl.log2(total)) * LN2, mask=valid)

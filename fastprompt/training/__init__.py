@@ -1,0 +1,11 @@
+"""Adapting a backbone to a language by aligning its sentences with English, and scoring what was learned."""
+
+from fastprompt._extras import require
+
+require("transformers", "train")
+
+from .config import TrainingConfig  # noqa: E402
+from .evaluation import evaluate  # noqa: E402
+from .loop import train  # noqa: E402
+
+__all__ = ["TrainingConfig", "evaluate", "train"]

@@ -1,0 +1,106 @@
+"""Learner: everything a run trains, and its files."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprompt._files import write_tensors
+from fastprompt.models import PromptModel
+from fastprompt.nn import AlignmentLoss
+
+from .config import TrainingConfig
+from .encoding import encode, encode_all
+
+ALIGNMENT = "alignment.safetensors"
+
+
+class Learner(nn.Module):
+    """A prompted backbone, the projection that makes its vectors the teacher's, and a head where there are labels.
+
+    Args:
+        prompted: the student.
+        config: of the run.
+        labels: the classes, in the head's order; none without a head.
+    """
+
+    def __init__(self, prompted: PromptModel, config: TrainingConfig, labels: Sequence[str] = ()) -> None:
+        super().__init__()
+        width = prompted.backbone.config.hidden_size
+        self.prompted, self.pooling, self.labels = prompted, config.pooling, list(labels)
+        self.alignment = AlignmentLoss(width, width, distance=config.distance, temperature=config.temperature)
+        self.head = nn.Linear(width, len(labels)) if labels else None
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        self.to(prompted.prompt.weight.device)
+        self.eval()  # the backbone is a constant: its dropout would only blur it
+
+    @property
+    def device(self) -> torch.device:
+        return self.prompted.prompt.weight.device
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def loss(self, sentences: Sequence[list[int]], teacher: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """The parts of the loss of one batch: "alignment", and "task" where there are labels; their sum is the loss.
+
+        Args:
+            sentences: N target sentences, token ids.
+            teacher: (N, D) vectors of the source sentences.
+            labels: (N,) int64 or None.
+        """
+        student = encode(self.prompted, sentences, self.pooling, self.device)
+        parts = {"alignment": self.alignment(student, teacher)}
+        if labels is not None:
+            parts["task"] = F.cross_entropy(self.head(student), labels)
+        return parts
+
+    @torch.no_grad()
+    def vectors(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """(N, D) projected vectors, comparable with the teacher's, and (N, classes) logits if there is a head."""
+        student = encode_all(self.prompted, sentences, self.pooling, self.device).to(self.device)
+        logits = None if self.head is None else self.head(student).cpu()
+        return self.alignment.project(student).cpu(), logits
+
+    def save(self, folder: Path) -> None:
+        """Write PEFT's files and, beside them, the projection and the head with a digest of the prompt they fit."""
+        others = {name: p for name, p in self.state_dict().items() if not name.startswith("prompted.")}
+        self.prompted.save_pretrained(folder)
+        write_tensors(folder / ALIGNMENT, others, {"prompt": _digest(self.prompted.prompt.weight)})
+
+    @classmethod
+    def load(cls, backbone: nn.Module, folder: Path, config: TrainingConfig, labels: Sequence[str]) -> "Learner":
+        """What `save` wrote; of a folder that PEFT wrote, with the projection at the identity.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, or does not fit the backbone or the prompt.
+        """
+        from safetensors import safe_open
+
+        learner = cls(PromptModel.from_pretrained(backbone, folder), config, labels)
+        file = folder / ALIGNMENT
+        if not file.is_file():
+            return learner
+        with safe_open(file, "pt") as stored:
+            if stored.metadata().get("prompt") != _digest(learner.prompted.prompt.weight):
+                raise ValueError(
+                    f"{file} belongs to another prompt than the one beside it: files of two runs were mixed, or a run "
+                    "was killed while it saved (train --resume writes them again)"
+                )
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        expected = {k: v for k, v in learner.state_dict().items() if not k.startswith("prompted.")}
+        shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (expected, tensors))
+        if got != shapes:
+            raise ValueError(f"{file} must hold {shapes}, got {got}")
+        learner.load_state_dict(tensors, strict=False)
+        return learner
+
+
+def _digest(prompt: Tensor) -> str:
+    return hashlib.sha256(prompt.detach().cpu().contiguous().numpy().data).hexdigest()

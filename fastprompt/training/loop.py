@@ -1,0 +1,165 @@
+"""train: adapt a frozen backbone to a language."""
+
+import hashlib
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastprompt.models import PromptModel
+from fastprompt.tasks.parallel import Pair
+
+from .config import TrainingConfig
+from .encoding import digest, teacher_vectors, tokenize
+from .learner import Learner
+from .run import Run
+
+
+def train(
+    backbone: nn.Module,
+    tokenizer: Callable,
+    pairs: Sequence[Pair],
+    out: str | Path,
+    config: TrainingConfig,
+    *,
+    resume: bool = False,
+    cache: Path | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> Learner:
+    """Train a prompt and a projection so that target sentences get the vectors of their English ones.
+
+    The student is the prompted backbone on the target sentence, the teacher the same backbone without prompt on the
+    English one, computed once. The loss is the alignment loss and, where the pairs have labels, the cross-entropy of a
+    linear head on the student's vector. After each epoch, and on the first Ctrl-C or SIGTERM (after the step it is at),
+    `out` holds what was learned and what `resume` goes on from, to the same result as without a pause.
+
+    Args:
+        backbone: a base model of a supported family; it is frozen, in place.
+        tokenizer: transformers' tokenizer for it.
+        pairs: parallel sentences, with labels in all or none.
+        out: the run's folder: PEFT's adapter files, alignment.safetensors, run.json, metrics.jsonl, curves.png,
+            summary.json and training_state.pt.
+        config: all that decides the result.
+        resume: go on with the run in `out`. Its settings, backbone and pairs must be the same; `epochs` may differ.
+        cache: folder of the teacher's vectors; see `teacher_vectors`.
+        on_step: called after each step with its metrics: step, steps (in all), epoch, loss and its parts, seconds.
+
+    Returns:
+        What was learned. `out`/summary.json tells whether all steps were done.
+
+    Raises:
+        FileExistsError, FileNotFoundError, TypeError, ValueError: before any work, for what does not fit.
+        FloatingPointError: the loss is no longer a number; `out` holds the last whole epoch.
+    """
+    if not pairs:
+        raise ValueError("pairs must hold at least one pair, got none")
+    out, device = Path(out), next(backbone.parameters()).device
+    labels = sorted({pair.label for pair in pairs} - {None})
+    torch.manual_seed(config.seed)
+    learner = Learner(PromptModel(backbone, config.prompt()), config, labels)
+    _check_length(config, learner.prompted)
+    source, target = (
+        tokenize(tokenizer, [getattr(pair, side) for pair in pairs], config.prefix_text, config.max_length)
+        for side in ("source", "target")
+    )
+    text = json.dumps([source, target, [pair.label for pair in pairs]])
+    content = {"backbone": digest(backbone), "pairs": hashlib.sha256(text.encode()).hexdigest()}
+    run = Run(out, config, content, labels, resume)
+
+    teacher = teacher_vectors(backbone, source, config.pooling, device, cache).to(device)
+    classes = torch.tensor([labels.index(pair.label) for pair in pairs], device=device) if labels else None
+    trained = learner.trained()
+    projection = list(learner.alignment.parameters())
+    others = [parameter for parameter in trained.values() if all(parameter is not p for p in projection)]
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "lr": config.lr}, {"params": projection, "lr": config.projection_lr}]
+    )
+    if run.state is not None:
+        learner.load_state_dict(run.state["trained"], strict=False)
+        optimizer.load_state_dict(run.state["optimizer"])
+
+    step = 0 if run.state is None else run.state["step"]
+
+    def save() -> None:
+        run.save_state(step, {name: p.detach().cpu() for name, p in trained.items()}, optimizer.state_dict())
+        learner.save(out)
+        if run.records:
+            run.summarise()
+            run.draw()
+
+    if step:
+        save()  # the run may have been killed while it saved
+    steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
+    total = steps_per_epoch * config.epochs
+    with _stop_on_signal() as stopped:
+        while step < total and not stopped():
+            epoch, within = divmod(step, steps_per_epoch)
+            batch = _order(config.seed, epoch, len(pairs))[within * config.batch_size :][: config.batch_size]
+            start = time.perf_counter()
+            parts = learner.loss(
+                [target[n] for n in batch], teacher[batch], None if classes is None else classes[batch]
+            )
+            loss = sum(parts.values())
+            optimizer.zero_grad()
+            loss.backward()
+            values = {name: part.item() for name, part in ({"loss": loss} | parts).items()}
+            if not math.isfinite(values["loss"]):
+                kept = f"; {out} holds epoch {epoch}" if epoch else ""
+                raise FloatingPointError(f"the loss is {values['loss']} at step {step + 1}: try a smaller lr{kept}")
+            optimizer.step()
+            step += 1
+            record = {"step": step, "epoch": epoch + 1, **values, "seconds": time.perf_counter() - start}
+            run.record(**record)
+            if on_step is not None:
+                on_step(record | {"steps": total})
+            if step % steps_per_epoch == 0:
+                save()
+        if step % steps_per_epoch or step == 0:
+            save()
+    return learner
+
+
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order of the pairs in an epoch: a function of its number, so that a resumed run goes on in it."""
+    order = list(range(count))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
+def _check_length(config: TrainingConfig, prompted: PromptModel) -> None:
+    room = prompted.text_positions
+    if room is not None and config.max_length > room:
+        raise ValueError(
+            f"max_length must be at most {room}: what the position table leaves beside a prompt of "
+            f"{config.num_virtual_tokens}, got {config.max_length}"
+        )
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM end the loop after the step it is at; a second one ends the program as usual."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield stopped.is_set
+        return
+
+    def stop(number: int, frame) -> None:
+        stopped.set()
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopped.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

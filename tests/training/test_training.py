@@ -1,0 +1,246 @@
+"""Training: what it learns, what it leaves alone, what it writes, and that nothing is lost on the way."""
+
+import json
+import os
+import random
+import signal
+
+import peft
+import pytest
+import torch
+from helpers import CONFIGS, WORDS, save_backbone
+
+from fastprompt.models import PromptModel
+from fastprompt.tasks.parallel import Pair
+from fastprompt.training import TrainingConfig, encoding, evaluate, train
+from fastprompt.training.learner import Learner
+
+SETTINGS = dict(num_virtual_tokens=4, max_length=30, batch_size=8, epochs=3, lr=3e-2, projection_lr=1e-2)
+
+
+def make_pairs(count: int, labelled: bool = False, seed: int = 0) -> list[Pair]:
+    """Sentences of the first words, "translated" word by word into the last."""
+    random.seed(seed)
+    pairs = []
+    for _ in range(count):
+        words = random.choices(range(20), k=random.randint(2, 9))
+        label = ("even", "odd")[words[0] % 2] if labelled else None
+        pairs.append(Pair(" ".join(WORDS[n] for n in words), " ".join(WORDS[n + 20] for n in words), label))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_backbone("bert", tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTPROMPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "teacher"
+
+
+def run(folder, out, pairs=None, on_step=None, resume=False, **settings):
+    pairs = make_pairs(29) if pairs is None else pairs
+    config = TrainingConfig(**(SETTINGS | settings))
+    return train(*encoding.load_backbone(str(folder)), pairs, out, config, resume=resume, on_step=on_step)
+
+
+def states(*learners):
+    return zip(*(learner.state_dict().items() for learner in learners), strict=True)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_it_learns_and_leaves_the_backbone_alone(folder, tmp_path, kind):
+    before = encoding.load_backbone(str(folder))[0].state_dict()
+    learner = run(folder, tmp_path / "run", kind=kind, epochs=8)
+    after = learner.prompted.backbone.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert set(learner.trained()) == {"prompted.prompt.weight", "alignment.weight"}
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 33))
+    losses = [record["loss"] for record in records]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 32 and summary["loss"] == losses[-1]
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not [file for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
+
+    model, tokenizer = encoding.load_backbone(str(folder))
+    scores = evaluate(model, tokenizer, make_pairs(29), tmp_path / "run")
+    assert scores["with"]["r@1"] > scores["without"]["r@1"] + 0.3
+    assert {key for part in scores.values() for key in part} == {"r@1", "r@5", "cosine"}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_and_peft_reads_the_result(family, tmp_path):
+    folder = save_backbone(family, tmp_path / "backbone")
+    pooling = "last" if family in ("llama", "gemma3_text") else "mean"
+    learner = run(folder, tmp_path / "run", epochs=1, pooling=pooling)
+    model, _ = encoding.load_backbone(str(folder))
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "run").eval()
+    ids = torch.tensor([[0, 7, 30, 2]])
+    ours = learner.prompted(input_ids=ids).last_hidden_state
+    expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_train_a_head(folder, tmp_path):
+    pairs = make_pairs(120, labelled=True)
+    learner = run(folder, tmp_path / "run", pairs, epochs=12)
+    assert "head.weight" in learner.trained() and learner.labels == ["even", "odd"]
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["loss"] == pytest.approx(record["alignment"] + record["task"])
+    assert record["task"] == pytest.approx(0.6931, abs=1e-3)  # a head begun at zero knows nothing
+    loaded = encoding.load_backbone(str(folder))
+    assert evaluate(*loaded, pairs, tmp_path / "run")["with"]["accuracy"] > 0.7
+    assert "accuracy" not in evaluate(*loaded, make_pairs(5), tmp_path / "run")["with"]
+    with pytest.raises(ValueError, match=r"label must be one of those in training, \['even', 'odd'\], got \['both'\]"):
+        evaluate(*loaded, [Pair("w1", "w2", "both")], tmp_path / "run")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 6, 8], ids=["first epoch", "within an epoch", "end of an epoch"])
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_resume_gives_what_an_unbroken_run_gives(folder, tmp_path, at, how):
+    whole = run(folder, tmp_path / "whole")
+
+    def stop(record):
+        if record["step"] == at:
+            if how == "killed":  # nothing of this process is run any more
+                raise Killed
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out = tmp_path / "broken"
+    if how == "killed":
+        with pytest.raises(Killed):
+            run(folder, out, on_step=stop)
+    else:
+        stopped = run(folder, out, on_step=stop)
+        saved = PromptModel.from_pretrained(encoding.load_backbone(str(folder))[0], out)
+        assert torch.equal(saved.prompt.weight, stopped.prompted.prompt.weight)
+        assert json.loads((out / "summary.json").read_text())["steps"] == at
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    steps = []
+    resumed = run(folder, out, resume=True, on_step=lambda record: steps.append(record["step"]))
+    assert steps[0] == (at + 1 if how == "interrupted" else at // 4 * 4 + 1 if at < 8 else 5)
+    for (name, a), (_, b) in states(whole, resumed):
+        assert torch.equal(a, b), name
+    lines = [[json.loads(line) | {"seconds": 0} for line in (tmp_path / name / "metrics.jsonl").open()]
+             for name in ("whole", "broken")]  # fmt: skip
+    assert lines[0] == lines[1]
+    assert run(folder, out, resume=True, epochs=4) is not None  # and a longer one goes on from there
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 16
+
+
+def test_a_run_is_not_overwritten_and_only_the_same_is_resumed(folder, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        run(folder, out, resume=True)
+    run(folder, out, epochs=1)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        run(folder, out, epochs=1)
+    with pytest.raises(ValueError, match=r"lr must be as in the run to resume .*: 0.03, got 0.5"):
+        run(folder, out, resume=True, lr=0.5)
+    with pytest.raises(ValueError, match="pairs must be as in the run"):
+        run(folder, out, make_pairs(29, seed=1), resume=True)
+    other = save_backbone("bert", tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="backbone must be as in the run"):
+        run(other, out, resume=True)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_mixed_files_are_refused(folder, tmp_path):
+    run(folder, tmp_path / "a", epochs=1)
+    run(folder, tmp_path / "b", epochs=1, seed=1)
+    os.replace(tmp_path / "a" / "alignment.safetensors", tmp_path / "b" / "alignment.safetensors")
+    loaded = encoding.load_backbone(str(folder))
+    with pytest.raises(ValueError, match="belongs to another prompt"):
+        evaluate(*loaded, make_pairs(3), tmp_path / "b")
+    run(folder, tmp_path / "b", epochs=1, seed=1, resume=True)
+    evaluate(*loaded, make_pairs(3), tmp_path / "b")
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_loss_that_is_no_number(folder, tmp_path, monkeypatch, at):
+    """It stops before the step that would spoil all; a whole epoch before it is kept."""
+    loss, calls = Learner.loss, []
+
+    def spoilt(*args):
+        calls.append(None)
+        return {"alignment": loss(*args)["alignment"] * (float("nan") if len(calls) == at else 1.0)}
+
+    monkeypatch.setattr(Learner, "loss", spoilt)
+    message = f"the loss is nan at step {at}: try a smaller lr" + (".*run holds epoch 1$" if at > 4 else "$")
+    with pytest.raises(FloatingPointError, match=message):
+        run(folder, tmp_path / "run")
+    monkeypatch.undo()
+    if at > 4:
+        whole = run(folder, tmp_path / "whole", epochs=1)
+        kept = PromptModel.from_pretrained(encoding.load_backbone(str(folder))[0], tmp_path / "run")
+        assert torch.equal(kept.prompt.weight, whole.prompted.prompt.weight)
+
+
+@pytest.mark.parametrize("pooling", encoding.POOLINGS)
+def test_vectors_are_those_of_the_sentences_one_by_one(folder, pooling):
+    model, _ = encoding.load_backbone(str(folder))
+    sentences = [[0, *torch.randint(5, 48, (length,)).tolist(), 2] for length in (1, 9, 4, 0, 20)]
+    together = encoding.encode_all(encoding.plain(model), sentences, pooling, "cpu", batch_size=3)
+    for vector, tokens in zip(together, sentences, strict=True):
+        hidden = model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+        expected = {"mean": hidden.mean(0), "first": hidden[0], "last": hidden[-1]}[pooling]
+        torch.testing.assert_close(vector, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_is_computed_once_for_the_same_content(folder, cache, monkeypatch):
+    model, _ = encoding.load_backbone(str(folder))
+    sentences = [[0, 5, 6, 2], [0, 7, 2]]
+    first = encoding.teacher_vectors(model, sentences, "mean", "cpu")
+    (file,) = cache.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode_all", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(encoding.teacher_vectors(model, sentences, "mean", "cpu"), first)
+    file.write_bytes(file.read_bytes()[:-3])  # damaged
+    assert torch.equal(encoding.teacher_vectors(model, sentences, "mean", "cpu"), first)
+
+    encoding.teacher_vectors(model, sentences, "first", "cpu")
+    encoding.teacher_vectors(model, [[0, 5, 6, 2], [0, 8, 2]], "mean", "cpu")
+    with torch.no_grad():
+        model.encoder.layer[2].output.dense.bias[3] += 1e-3
+    changed = encoding.teacher_vectors(model, sentences, "mean", "cpu")
+    assert len(list(cache.iterdir())) == 4
+    assert not torch.equal(changed, first)
+
+
+def test_evaluate_takes_what_peft_wrote(folder, tmp_path):
+    model, tokenizer = encoding.load_backbone(str(folder))
+    config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=4)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    scores = evaluate(*encoding.load_backbone(str(folder)), make_pairs(9), tmp_path / "adapter", prefix_text="w1 ")
+    assert scores["with"] != scores["without"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "lora"}, "kind must be one of"),
+        ({"distance": "cosine+l3"}, "distance must be one of .* got 'cosine.l3'"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"pooling": "max"}, "pooling must be one of .* got 'max'"),
+        ({"epochs": 0}, "epochs must be a positive integer, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a positive integer, got 1.5"),
+        ({"lr": -1.0}, "lr must be a finite number, 0 or more, got -1.0"),
+        ({"projection_lr": float("nan")}, "projection_lr must be a finite number"),
+        ({"layers": [3]}, "layers must be indices of the backbone's 3 layers, got 3"),
+        ({"num_virtual_tokens": 64}, "num_virtual_tokens must leave room"),
+        ({"max_length": 61}, "max_length must be at most 60: .* a prompt of 4, got 61"),
+    ],
+)
+def test_bad_settings(folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists(), "an error came after work had begun"
