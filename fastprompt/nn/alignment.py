@@ -34,6 +34,8 @@ class AlignmentLoss(nn.Module):
         check_distance(distance)
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
         self.normalize, self.distance, self.temperature = normalize, distance, temperature
         self.weight = nn.Parameter(torch.eye(teacher_dim, student_dim))
         self.bias = nn.Parameter(torch.zeros(teacher_dim)) if bias else None
@@ -43,7 +45,7 @@ class AlignmentLoss(nn.Module):
         return F.linear(student, self.weight, self.bias)
 
     def forward(self, student: Tensor, teacher: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """student (N, Ds), teacher (N, Dt), row_weight (N,) or None -> scalar loss, float32."""
+        """student (N, Ds), teacher (N, Dt), row_weight (N,) or None -> scalar loss, float32 (float64 for float64)."""
         return alignment_loss(
             student,
             teacher,
@@ -57,4 +59,7 @@ class AlignmentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         teacher_dim, student_dim = self.weight.shape
-        return f"{student_dim}, {teacher_dim}, normalize={self.normalize!r}, distance={self.distance!r}"
+        return (
+            f"{student_dim}, {teacher_dim}, bias={self.bias is not None}, normalize={self.normalize!r}, "
+            f"distance={self.distance!r}, temperature={self.temperature}"
+        )

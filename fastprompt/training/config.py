@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastprompt.models import PromptConfig
-from fastprompt.ops.alignment import check_distance
+from fastprompt.nn import AlignmentLoss
 
 from .encoding import POOLINGS
 
@@ -42,9 +42,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self.prompt()
-        check_distance(self.distance)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive, got {self.temperature!r}")
+        AlignmentLoss(1, 1, distance=self.distance, temperature=self.temperature)
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {POOLINGS}, got {self.pooling!r}")
         for name in ("max_length", "epochs", "batch_size"):

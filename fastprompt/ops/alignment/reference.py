@@ -29,7 +29,7 @@ def infonce_rows(u: Tensor, v: Tensor, row_weight: Tensor | None, temperature: f
         forward, backward = similarity.masked_fill(left_out, -torch.inf), similarity.T.masked_fill(left_out, -torch.inf)
     else:
         forward, backward = similarity, similarity.T
-    return (forward.logsumexp(1) + backward.logsumexp(1)) / 2 - similarity.diagonal()
+    return -(forward.log_softmax(1) + backward.log_softmax(1)).diagonal() / 2
 
 
 def alignment_loss(
@@ -43,6 +43,9 @@ def alignment_loss(
     temperature: float,
     reduction: str,
 ) -> Tensor:
+    if row_weight is not None:  # left out, not multiplied by 0: what stands there may be no number
+        left_out = (row_weight == 0)[:, None]
+        student, teacher = student.masked_fill(left_out, 0.0), teacher.masked_fill(left_out, 0.0)
     accumulate = torch.promote_types(student.dtype, torch.float32)
     u = normalized(F.linear(student, weight, bias).to(accumulate), normalize)
     v = normalized(teacher.to(accumulate), normalize)
@@ -58,7 +61,7 @@ def alignment_loss(
         else:
             rows = rows + infonce_rows(u, v, w, temperature)
     if w is not None:
-        rows = torch.where(w == 0, 0.0, rows * w)
+        rows = rows * w
     if reduction == "none":
         return rows
     if reduction == "sum":

@@ -75,6 +75,8 @@ def prefix_attention(
                 "backend 'cpu' needs tensors on the CPU, no softcap and no dropout, "
                 f"got {query.device}, softcap={softcap}, dropout_p={dropout_p}"
             )
+        if scale <= 0:  # the kernels hide a score by -inf before they scale it
+            query, scale = query * scale, 1.0
         result = cpu.prefix_attention(
             *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
             *(is_causal, scale, window, prefix_in_window),

@@ -11,13 +11,19 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from fastprompt.ops._checks import check_cu_seqlens, check_indices
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def _features_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()  # the kernels take no other
+
+
 def _dense(x: Tensor, batch: int = 1) -> Tensor:
-    """(T, H, D) -> (batch, H, T / batch, D), a view."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    """(T, H, D) -> (batch, H, T / batch, D), a view where features are contiguous."""
+    return _features_contiguous(x).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def _segment_parts(cu_seqlens: Tensor, is_causal: bool, window: int | None, like: Tensor):
@@ -70,6 +76,9 @@ def _prefix_attention(
     window: int | None,
     prefix_in_window: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_cu_seqlens(cu_seqlens, len(query))  # again: torch.compile does not read values
+    if prefix_index is not None:
+        check_indices(prefix_index, len(prefix_key), "prefix_index")
     out, lse = _outputs(query)
     for rows, count, causal, mask in _segment_parts(cu_seqlens, is_causal, window, query):
         q, k, v = (_dense(x[rows], count) for x in (query, key, value))
@@ -81,7 +90,7 @@ def _prefix_attention(
         return out, lse
     prefix_window = window if prefix_in_window else None
     for n, rows, mask in _prefix_parts(cu_seqlens, prefix_index, prefix, is_causal, prefix_window, query):
-        k, v = prefix_key[n : n + 1], prefix_value[n : n + 1]
+        k, v = (_features_contiguous(x[n : n + 1]) for x in (prefix_key, prefix_value))
         part, part_lse = _forward(_dense(query[rows]), k, v, 0.0, False, attn_mask=mask, scale=scale)
         part, part_lse = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)  # (rows, H, D), (rows, H)
         if mask is not None:  # the kernel's log-sum-exp of no keys at all is 0
@@ -143,7 +152,7 @@ def _prefix_attention_backward(
     prefix_window = window if prefix_in_window else None
     for n, rows, mask in _prefix_parts(cu_seqlens, prefix_index, prefix, is_causal, prefix_window, query):
         do, q, o = (_dense(x[rows]) for x in (grad, query, out))
-        k, v = prefix_key[n : n + 1], prefix_value[n : n + 1]
+        k, v = (_features_contiguous(x[n : n + 1]) for x in (prefix_key, prefix_value))
         part_lse = lse[rows].T.unsqueeze(0)
         dq, dk, dv = _backward(do, q, k, v, o, part_lse, 0.0, False, attn_mask=mask, scale=scale)
         grad_prefix_key[n], grad_prefix_value[n] = dk[0], dv[0]

@@ -39,7 +39,9 @@ def prefix_attention(
 ) -> tuple[Tensor, Tensor]:
     group = query.shape[1] // key.shape[1]
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    outputs, lses = [query[:0]], [query.new_empty((0, query.shape[1]), dtype=accumulate)]
+    # Without any segment all five inputs still have a gradient, of zero.
+    nothing = sum(x[:0].sum() for x in (key, value, prefix_key, prefix_value))
+    outputs, lses = [query[:0] + nothing], [query.new_empty((0, query.shape[1]), dtype=accumulate)]
     which = [0] * (len(cu_seqlens) - 1) if prefix_index is None else prefix_index.tolist()
     for n, (begin, end) in zip(which, pairwise(cu_seqlens.tolist()), strict=True):
         q = query[begin:end]  # (L, H, D)

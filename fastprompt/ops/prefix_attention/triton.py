@@ -16,15 +16,15 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # (rows, columns, warps, stages) at most, by kernel and padded head dimension: what keeps all in registers.
 CONFIGURATIONS = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+    "forward": {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
     "query": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)},
-    "columns": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)},
+    "columns": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 1)},
 }
 # float32 products run on the plain cores and hold twice the bytes.
 FLOAT32_CONFIGURATIONS = {
-    "forward": {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 1)},
+    "forward": {64: (32, 16, 4, 1), 128: (32, 16, 8, 1), 256: (16, 16, 4, 1)},
     "query": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
-    "columns": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "columns": {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 DELTA_ROWS = 32
 SPLITS, PROGRAMS = 16, 256  # of the prefix's gradient: at most so many partial sums, for about so many programs
@@ -44,7 +44,7 @@ def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, col
     tile_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
     tile_columns = min(most_columns, max(16, triton.next_power_of_2(columns)))
     owned, most_owned = (tile_columns, most_columns) if kernel == "columns" else (tile_rows, most_rows)
-    warps = max(1, warps * owned // most_owned)  # they share the tile that stays
+    warps = max(block // 64, warps * owned // most_owned, 1)  # they share the sums of the tile that stays
     return dict(
         FEATURES=features,
         FEATURES_BLOCK=block,

@@ -12,6 +12,7 @@ from .triton_kernels import (
     find_tile,
     kept,
     load_rows,
+    power,
     row_offsets,
     scores,
     source,
@@ -76,13 +77,14 @@ def query_kernel(
     segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
     if first_row >= length * GROUP:
         return
+    FOLDED: tl.constexpr = query.dtype.element_ty != tl.float32
     kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP
     row = first_row + tl.arange(0, ROWS)
     valid = row < length * GROUP
     position, head = row // GROUP, kv_head * GROUP + row % GROUP
     q = load_rows(query, row_offsets(begin + position, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
     do = load_rows(grad, row_offsets(begin + position, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
-    row_lse = tl.load(lse + (begin + position) * heads + head, mask=valid, other=0.0) * LOG2E
+    row_lse = tl.load(lse + (begin + position) * heads + head, mask=valid, other=0.0) * (LOG2E if FOLDED else 1.0)
     row_delta = tl.load(delta + (begin + position) * heads + head, mask=valid, other=0.0)
 
     entry = segment * 0
@@ -116,9 +118,9 @@ def query_kernel(
             FEATURES,
             FEATURES_BLOCK,
         )
-        score, slope = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
+        score, slope = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLDED)
         seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
-        weight = tl.where(seen, tl.exp2(score - row_lse[:, None]), 0.0)
+        weight = tl.where(seen, power(score - row_lse[:, None], FOLDED), 0.0)
         grad_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if seed is not None:
             keep = kept(seed, (begin + position) * heads + head, first, prefix, dropout_p, ROWS, COLUMNS)
@@ -166,12 +168,13 @@ def add_rows(
     Rows that are not `valid` give zero, as their query, grad and delta are. A column past the last has any value at
     all, which goes nowhere.
     """
+    FOLDED: tl.constexpr = query.dtype.element_ty != tl.float32
     q = load_rows(query, row_offsets(token, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
     do = load_rows(grad, row_offsets(token, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
-    row_lse = tl.load(lse + token * heads + head, mask=valid, other=0.0) * LOG2E
+    row_lse = tl.load(lse + token * heads + head, mask=valid, other=0.0) * (LOG2E if FOLDED else 1.0)
     row_delta = tl.load(delta + token * heads + head, mask=valid, other=0.0)
-    score, slope = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
-    weight = tl.exp2(score - row_lse[None, :])
+    score, slope = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, FOLDED)
+    weight = power(score - row_lse[None, :], FOLDED)
     if CAUSAL or reach is not None:
         column = first_column + tl.arange(0, COLUMNS)
         weight = tl.where(visible(position[None, :], column[:, None], length, reach, CAUSAL, True), weight, 0.0)

@@ -3,8 +3,10 @@
 The query heads of a group lie in one tile beside each other: "row" r of a segment is its token r // GROUP under query
 head r % GROUP of the group. So a group reads its keys and values once, and short segments fill their tiles.
 
-Scores are kept in units of ln 2, which makes exp2, the one exponential the hardware has, enough. Arguments that are
-None (prefix_index, reach, softcap, seed) and GROUP, FEATURES, ... are constants of the compilation.
+The hardware's exponential is exp2. Scores of 16-bit inputs are FOLDED: kept in units of ln 2, by one factor together
+with `scale`. Those of float32 are not, as the factor rounds before the difference is taken and that would show there.
+
+Arguments that are None (prefix_index, reach, softcap, seed) and GROUP, FEATURES, ... are constants of the compilation.
 """
 
 import triton
@@ -68,13 +70,20 @@ def tanh(x):
 
 
 @triton.jit
-def scores(product, scale, softcap):
-    """Scores of the products q.k in units of ln 2, and their derivative but for `scale`."""
+def scores(product, scale, softcap, FOLDED: tl.constexpr):
+    """Scores of the products q.k, in units of ln 2 if FOLDED, and their derivative but for `scale`."""
+    unit = LOG2E if FOLDED else 1.0
     if softcap is None:
-        return product * (scale * LOG2E), 1.0
+        return product * (scale * unit), 1.0
     else:  # not compiled then
         capped = tanh(product * (scale / softcap))
-        return capped * (softcap * LOG2E), 1.0 - capped * capped
+        return capped * (softcap * unit), 1.0 - capped * capped
+
+
+@triton.jit
+def power(score, FOLDED: tl.constexpr):
+    """exp of a difference of scores."""
+    return tl.exp2(score) if FOLDED else tl.exp(score)
 
 
 @triton.jit
@@ -173,6 +182,7 @@ def forward_kernel(
     segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
     if first_row >= length * GROUP:
         return
+    FOLDED: tl.constexpr = query.dtype.element_ty != tl.float32
     kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP
     row = first_row + tl.arange(0, ROWS)
     valid = row < length * GROUP
@@ -212,12 +222,12 @@ def forward_kernel(
             FEATURES,
             FEATURES_BLOCK,
         )
-        score, _ = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
+        score, _ = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLDED)
         seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
-        weight = tl.exp2(score - higher[:, None])
-        shrink = tl.exp2(peak - higher)
+        weight = power(score - higher[:, None], FOLDED)
+        shrink = power(peak - higher, FOLDED)
         total = total * shrink + tl.sum(weight, 1)
         peak = higher
         if seed is not None:
@@ -230,4 +240,5 @@ def forward_kernel(
         norm = norm / (1.0 - dropout_p)
     written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
     store_rows(out, written, valid, sums * norm[:, None], FEATURES, FEATURES_BLOCK)
-    tl.store(lse + (begin + position) * heads + head, (peak + tl.log2(total)) * LN2, mask=valid)
+    row_lse = (peak + tl.log2(total)) * LN2 if FOLDED else peak + tl.log(total)
+    tl.store(lse + (begin + position) * heads + head, row_lse, mask=valid)

@@ -1,0 +1,56 @@
+"""Prefix attention through csrc/: one fused kernel, forward and backward. Imported only where the library is loaded."""
+
+import torch
+from torch import Tensor
+
+_forward = torch.ops.fastprompt.prefix_attention.default
+_backward = torch.ops.fastprompt.prefix_attention_backward.default
+NO_WINDOW = -1
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    cu_seqlens: Tensor,
+    prefix_index: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    prefix_in_window: bool,
+    prompt_rows: int = 0,
+) -> tuple[Tensor, Tensor]:
+    window = NO_WINDOW if window is None else window
+    return _forward(
+        *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
+        *(prompt_rows, is_causal, scale, window, prefix_in_window),
+    )
+
+
+@torch.library.register_fake("fastprompt::prefix_attention")
+def _(query: Tensor, *_) -> tuple[Tensor, Tensor]:
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate)
+
+
+@torch.library.register_fake("fastprompt::prefix_attention_backward")
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, *others):
+    inputs, needs = (query, key, value, prefix_key, prefix_value), others[-5:]
+    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, prefix_key, prefix_value, *output, cu_seqlens, prefix_index)
+
+
+def _differentiate(ctx, grad: Tensor, _) -> tuple:
+    needs = ctx.needs_input_grad[:5]
+    grads = _backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7
+
+
+torch.library.register_autograd("fastprompt::prefix_attention", _differentiate, setup_context=_save)

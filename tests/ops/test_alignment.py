@@ -1,0 +1,398 @@
+import copy
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastprompt.ops import alignment_loss
+
+BACKENDS = [None, "reference"]  # every test runs on each of them
+NORMALIZATIONS = ["l2", "layer", "none"]
+DISTANCES = ["cosine", "mse", "smooth_l1", "infonce", "infonce+cosine", "cosine+mse+smooth_l1"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REDUCTIONS = ["mean", "sum", "none"]
+SHAPES = [(1, 63, 33), (5, 33, 63), (63, 80, 31), (97, 17, 128)]  # rows, student features, teacher features
+NAMES = ("student", "teacher", "weight", "bias", "row_weight")
+EPS = {"l2": 1e-12, "layer": 1e-5}
+
+
+def inputs(rows, student_dim, teacher_dim, *, bias=True, row_weight=True, dtype=torch.float64, device="cpu"):
+    """Fresh random arguments, all of them asking for a gradient; every third row is of weight 0."""
+    args = {
+        "student": torch.randn(rows, student_dim),
+        "teacher": torch.randn(rows, teacher_dim),
+        "weight": torch.randn(teacher_dim, student_dim) / student_dim**0.5,
+        "bias": torch.randn(teacher_dim) if bias else None,
+        "row_weight": (torch.rand(rows) + 0.1) * (torch.arange(rows) % 3 != 2) if row_weight else None,
+    }
+    return {name: None if x is None else x.to(device, dtype).requires_grad_() for name, x in args.items()}
+
+
+def exact(args):
+    """The same numbers as float64 leaves on the CPU."""
+    leaves = {name: x if x is None else x.detach().cpu().double() for name, x in args.items()}
+    return {name: x if x is None else x.requires_grad_(args[name].requires_grad) for name, x in leaves.items()}
+
+
+def normalized_row(x, normalize):
+    if normalize == "layer":
+        x = x - x.sum() / len(x)
+    if normalize == "none":
+        return x
+    size = x.square().sum().sqrt() if normalize == "l2" else (x.square().sum() / len(x)).sqrt()
+    return x / size if size > EPS[normalize] else torch.zeros_like(x)
+
+
+def row_distance(name, a, b):
+    if name == "cosine":
+        return 1 - (a * b).sum()
+    if name == "mse":
+        return ((a - b) ** 2).mean()
+    gap = (a - b).abs()
+    return torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
+
+
+def row_losses(student, teacher, weight, bias, normalize, distance, temperature):
+    """The definition in float64, row by row."""
+    offset = 0 if bias is None else bias
+    u = [normalized_row(weight @ h + offset, normalize) for h in student]
+    v = [normalized_row(t, normalize) for t in teacher]
+    total = 0
+    for name in distance.split("+"):
+        if name == "infonce":
+            similarity, partner = torch.stack(u) @ torch.stack(v).T / temperature, torch.arange(len(u))
+            both = [F.cross_entropy(s, partner, reduction="none") for s in (similarity, similarity.T)]
+            losses = sum(both) / 2
+        else:
+            losses = torch.stack([row_distance(name, a, b) for a, b in zip(u, v, strict=True)])
+        total = total + losses
+    return total
+
+
+def plain_losses(student, teacher, weight, bias, normalize, distance, temperature):
+    """What one writes in plain PyTorch, all in the dtype of the inputs."""
+    u, v = F.linear(student, weight, bias), teacher
+    if normalize == "l2":
+        u, v = F.normalize(u, dim=-1), F.normalize(v, dim=-1)
+    elif normalize == "layer":
+        u, v = (F.layer_norm(x, x.shape[-1:], eps=0) for x in (u, v))
+    similarity, partner = u @ v.T / temperature, torch.arange(len(u), device=u.device)
+    losses = {
+        "cosine": lambda: 1 - (u * v).sum(-1),
+        "mse": lambda: F.mse_loss(u, v, reduction="none").mean(-1),
+        "smooth_l1": lambda: F.smooth_l1_loss(u, v, reduction="none").mean(-1),
+        "infonce": lambda: sum(F.cross_entropy(s, partner, reduction="none") for s in (similarity, similarity.T)) / 2,
+    }
+    return sum(losses[name]() for name in distance.split("+"))
+
+
+def expected(args, normalize="l2", distance="cosine", temperature=0.05, reduction="mean", losses=row_losses):
+    """`losses` of the rows that count, alone; weighted and reduced."""
+    student, teacher, weight, bias, row_weight = (args[name] for name in NAMES)
+    shares = torch.ones(len(student), dtype=student.dtype, device=student.device) if row_weight is None else row_weight
+    kept = shares.nonzero()[:, 0]
+    if not len(kept):
+        return shares * 0 if reduction == "none" else shares.sum() * 0
+    counted = losses(student[kept], teacher[kept], weight, bias, normalize, distance, temperature) * shares[kept]
+    if reduction == "none":
+        return torch.zeros_like(shares).index_put((kept,), counted)
+    return counted.sum() if reduction == "sum" else counted.sum() / shares[kept].sum()
+
+
+def gradients(loss, args, grad):
+    """By name, of the arguments that ask for one; of row_weight, those of the rows that count."""
+    leaves = {name: x for name, x in args.items() if x is not None and x.requires_grad}
+    found = torch.autograd.grad(loss, list(leaves.values()), grad.to(loss), allow_unused=True, materialize_grads=True)
+    found = dict(zip(leaves, found, strict=True))
+    if "row_weight" in found:
+        assert found["row_weight"].isfinite().all()
+        found["row_weight"] = found["row_weight"][args["row_weight"] != 0]
+    return found
+
+
+def check(args, backend, **options):
+    """Value and gradients of float64 arguments against the definition. Returns the gradients."""
+    want = expected(true := exact(args), **options)
+    grad = torch.randn_like(want)
+    got = alignment_loss(**args, **options, backend=backend)
+    found = gradients(got, args, grad)
+    torch.testing.assert_close(got.cpu(), want)  # the order of sums in float64
+    for name, want_grad in gradients(want, true, grad).items():
+        torch.testing.assert_close(found[name].cpu(), want_grad, msg=lambda text, name=name: f"{name}: {text}")
+    return found
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("row_weight", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_values_and_gradients(backend, device, normalize, distance, bias, row_weight):
+    args = inputs(7, 13, 9, bias=bias, row_weight=row_weight, device=device)
+    for reduction in REDUCTIONS:
+        check(args, backend, normalize=normalize, distance=distance, reduction=reduction, temperature=0.7)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 5, 1), (5, 1, 1), (97, 1, 3)], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_shapes(backend, device, normalize, distance, shape):
+    check(inputs(*shape, device=device), backend, normalize=normalize, distance=distance, temperature=0.7)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.05, 0.5, 3])
+def test_temperature(backend, device, temperature):
+    args = inputs(7, 13, 9, device=device)
+    got = alignment_loss(**args, distance="infonce", temperature=temperature, backend=backend)
+    want = expected(exact(args), distance="infonce", temperature=0.05 if temperature is None else temperature)
+    torch.testing.assert_close(got.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_dtypes(backend, device, normalize, distance, shape, dtype):
+    options = {"normalize": normalize, "distance": distance, "temperature": 0.7, "reduction": "none"}
+    values = {name: ([], [], []) for name in ("loss", *NAMES)}
+    for _ in range(1 + 12 // shape[0]):  # the error of a few rows is a matter of luck
+        args = inputs(*shape, dtype=dtype, device=device)
+        plain_args = {name: x.detach().requires_grad_() for name, x in args.items()}
+        true, got = exact(args), alignment_loss(**args, **options, backend=backend)
+        plain, want = expected(plain_args, **options, losses=plain_losses), expected(true, **options)
+        grad = torch.randn(shape[0]).to(dtype)
+        for i, (loss, leaves) in enumerate(((got, args), (plain, plain_args), (want, true))):
+            for name, value in (gradients(loss, leaves, grad) | {"loss": loss.detach()}).items():
+                values[name][i].append(value.cpu().double().flatten())
+
+    def size(x):  # in float32 both round alike, and the larger of their single worst entries is luck
+        return x.square().mean().sqrt() if dtype == torch.float32 else x.abs().max()
+
+    for name, three in values.items():
+        found, found_plain, true_value = (torch.cat(x) for x in three)
+        budget = 2 * size(found_plain - true_value) + torch.finfo(dtype).eps * true_value.abs().max()
+        assert size(found - true_value) <= budget, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_output_dtype(backend, device, distance, dtype):
+    args = inputs(97, 4, 3, dtype=dtype, device=device)
+    run = functools.partial(alignment_loss, **args, distance=distance, backend=backend)
+    rows, total, mean = (run(reduction=reduction) for reduction in ("none", "sum", "mean"))
+    assert {loss.dtype for loss in (rows, total, mean)} == {torch.float32}
+    assert rows.shape == (97,) and total.shape == mean.shape == ()
+    torch.testing.assert_close(total, rows.sum())  # in float32, however few bits the inputs have
+    torch.testing.assert_close(mean, rows.sum() / args["row_weight"].float().sum())
+    mean.backward()
+    assert {args[name].grad.dtype for name in NAMES} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize, up", [("l2", True), ("l2", False), ("layer", True)])
+def test_large_and_small_rows(backend, device, normalize, up, dtype):
+    # A power of two costs no bits, and both normalisations take it out again. The squares leave float16's range.
+    args = inputs(5, 16, 32, bias=False, dtype=dtype, device=device)
+    options = {"normalize": normalize, "distance": "cosine+mse+infonce", "reduction": "none", "backend": backend}
+    want = alignment_loss(**args, **options)
+    power = (9 if up else -5) if dtype == torch.float16 else (40 if up else -25)
+    scaled = {name: (args[name].detach() * 2.0**power).requires_grad_() for name in ("student", "teacher")}
+    got = alignment_loss(**args | scaled, **options)
+    torch.testing.assert_close(got, want)
+    assert all(grad.isfinite().all() for grad in gradients(got, scaled, torch.ones(5)).values())
+
+
+@pytest.mark.parametrize("wants", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids="+".join)
+@pytest.mark.parametrize("distance", ["cosine", "infonce+mse"])
+def test_every_subset_of_requires_grad(backend, device, distance, wants):
+    args = {name: x.detach().requires_grad_(name in wants) for name, x in inputs(7, 5, 6, device=device).items()}
+    if wants:
+        assert tuple(check(args, backend, distance=distance)) == wants
+    loss = alignment_loss(**args, distance=distance, backend=backend)
+    assert loss.requires_grad == bool(wants)
+    if wants:
+        loss.backward()
+    assert tuple(name for name in NAMES if args[name].grad is not None) == wants
+    with torch.no_grad():
+        torch.testing.assert_close(alignment_loss(**args, distance=distance, backend=backend), loss.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_zero_rows(backend, device, normalize, distance, dtype):
+    args = inputs(7, 13, 9, bias=False, row_weight=False, dtype=dtype, device=device)
+    zero = {"student": [1, 3], "teacher": [1, 4, 5]}
+    with torch.no_grad():
+        for name, rows in zero.items():
+            args[name][rows] = 0
+        if normalize == "layer":
+            args["teacher"][5] = 3.0  # 0 without its mean
+    options = {"normalize": normalize, "distance": distance, "temperature": 0.7}
+    if dtype == torch.float64:
+        check(args, backend, **options)
+    loss = alignment_loss(**args, **options, backend=backend)
+    for name, grad in gradients(loss, args, torch.tensor(1.0)).items():
+        assert grad.isfinite().all()
+        if normalize != "none" and name in zero:
+            assert not grad[zero[name]].any()
+        if name in zero:
+            assert grad[[0, 2, 6]].any(dim=1).all()  # and the others have one
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("normalize", ["l2", "layer"])
+def test_where_zero_begins(backend, device, normalize, side):
+    args = inputs(4, 6, 6, bias=False, row_weight=False, device=device)
+    sizes = torch.tensor([0.5, 0.99, 1.01, 2.0], dtype=torch.float64, device=device) * EPS[normalize]
+    with torch.no_grad():
+        args["weight"].copy_(torch.eye(6))
+        row = args[side]
+        if normalize == "layer":
+            row -= row.mean(1, keepdim=True)
+        size = row.norm(dim=1) if normalize == "l2" else row.square().mean(1).sqrt()
+        row *= (sizes / size)[:, None]
+    options = {"normalize": normalize, "reduction": "none"}
+    loss = alignment_loss(**args, **options, backend=backend)
+    torch.testing.assert_close(loss.cpu(), expected(exact(args), **options))
+    assert torch.equal(loss.detach()[:2].cpu(), torch.ones(2, dtype=torch.float64)) and (loss[2:] != 1).all()
+    grad = gradients(loss, args, torch.ones(4))[side]
+    assert not grad[:2].any() and grad[2:].any(dim=1).all()
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e30, torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_rows_of_weight_0_are_left_out(backend, device, normalize, distance, garbage):
+    args, out = inputs(9, 13, 9, device=device), [2, 5, 8]
+    with torch.no_grad():
+        args["student"][out[:2]], args["teacher"][out[1:]] = garbage, garbage
+    assert not args["row_weight"][out].any()
+    for reduction in REDUCTIONS:
+        found = check(args, backend, normalize=normalize, distance=distance, reduction=reduction, temperature=0.7)
+        assert not any(found[name][out].any() for name in ("student", "teacher"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_row_weight_of_another_dtype(backend, device, distance, dtype):
+    args = inputs(7, 13, 9, device=device)
+    args["row_weight"] = args["row_weight"].detach().mul(10).ceil().to(dtype)
+    for reduction in REDUCTIONS:
+        check(args, backend, distance=distance, reduction=reduction)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_all_weights_0(backend, device, normalize, distance):
+    args = inputs(5, 6, 4, device=device)
+    with torch.no_grad():
+        args["row_weight"].zero_()
+    for reduction in REDUCTIONS:
+        loss = alignment_loss(**args, normalize=normalize, distance=distance, reduction=reduction, backend=backend)
+        assert torch.equal(loss, torch.zeros_like(loss))
+        assert not any(grad.any() for grad in gradients(loss, args, torch.ones_like(loss)).values())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "infonce"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_gradcheck(backend, device, normalize, distance, reduction):
+    args = inputs(4, 3, 5, device=device)
+    with torch.no_grad():
+        args["row_weight"] += 0.5  # at 0 the row is left out: a jump
+    options = dict(normalize=normalize, distance=distance, reduction=reduction, temperature=0.7, backend=backend)
+
+    def run(*values):
+        return alignment_loss(**dict(zip(NAMES, values, strict=True)), **options)
+
+    assert torch.autograd.gradcheck(run, tuple(args.values()))
+
+
+@pytest.mark.parametrize(
+    "optional, dtype, names",
+    [
+        (True, torch.float32, ("l2", "infonce+cosine", 0.7, "mean")),
+        (True, torch.bfloat16, ("layer", "mse", 0.05, "none")),
+        (False, torch.float32, ("none", "smooth_l1", 0.05, "sum")),
+    ],
+)
+def test_opcheck(device, optional, dtype, names):
+    args = inputs(5, 4, 3, bias=optional, row_weight=optional, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.fastprompt.alignment_loss.default, (*args.values(), *names))
+
+
+@pytest.mark.parametrize("dynamic, dtype", [(False, torch.float64), (True, torch.bfloat16)])
+def test_compile(backend, device, dtype, dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(alignment_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape, normalize in ((5, 6, 4), "l2"), ((9, 3, 7), "layer"):
+        args = inputs(*shape, dtype=dtype, device=device)
+        options = {"normalize": normalize, "distance": "infonce+mse", "backend": backend}
+        got, want = (run(**args, **options) for run in (compiled, alignment_loss))
+        assert got.dtype == want.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(gradients(loss, args, torch.tensor(1.5)) for loss in (got, want)))
+
+
+def test_non_contiguous(backend, device):
+    args = inputs(7, 13, 9, device=device)
+    for name in ("student", "teacher", "weight"):
+        args[name] = args[name].detach().T.contiguous().T.requires_grad_()
+    for name in ("bias", "row_weight"):
+        args[name] = args[name].detach().repeat_interleave(2)[::2].requires_grad_()
+    assert not any(args[name].is_contiguous() for name in NAMES)
+    for reduction in REDUCTIONS:
+        check(args, backend, distance="cosine+infonce", reduction=reduction)
+
+
+def test_outputs_are_written_whole(backend, device):
+    # New memory is filled with NaN in this mode: what a kernel leaves out shows.
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(8, device=device).isnan().all()
+        for distance, reduction in itertools.product(("cosine", "infonce"), REDUCTIONS):
+            check(inputs(63, 17, 33, device=device), backend, distance=distance, reduction=reduction)
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"student": torch.ones(5)}, r"student, .* must have two dimensions, got shapes \(5,\), \(5, 4\), \(4, 3\)"),
+        ({"teacher": torch.ones(1, 5, 4)}, r"must have two dimensions, got shapes \(5, 3\), \(1, 5, 4\), \(4, 3\)"),
+        ({"student": torch.ones(5, 3, dtype=torch.int64)}, "student must be floating point, got torch.int64"),
+        ({"teacher": torch.ones(6, 4)}, r"teacher must have shape \(5, 4\) .*, got \(6, 4\)"),
+        ({"weight": torch.ones(3, 4)}, r"weight must have shape \(4, 3\) .*, got \(3, 4\)"),
+        ({"bias": torch.ones(3)}, r"bias must have shape \(4,\) .*, got \(3,\)"),
+        ({"row_weight": torch.ones(5, 1)}, r"row_weight must have shape \(5,\) .*, got \(5, 1\)"),
+        ({"teacher": torch.ones(5, 4).half()}, "teacher must be torch.float32, as student is, got torch.float16"),
+        ({"bias": torch.ones(4).bfloat16()}, "bias must be torch.float32, as student is, got torch.bfloat16"),
+        ({"bias": torch.ones(4, device="meta")}, "bias must be on cpu, where student is, got meta"),
+        ({"row_weight": torch.ones(5, device="meta")}, "row_weight must be on cpu, where student is, got meta"),
+        ({"student": torch.ones(0, 3), "teacher": torch.ones(0, 4), "row_weight": None}, "must have at least one row"),
+        ({"normalize": "l1"}, r"normalize must be one of \('l2', 'layer', 'none'\), got 'l1'"),
+        ({"distance": "euclid"}, r"distance must be one of \('cosine', 'mse', .*\), or different .*, got 'euclid'"),
+        ({"distance": ""}, "distance must be one of .* got ''"),
+        ({"distance": "mse+"}, r"distance must be one of .* got 'mse\+'"),
+        ({"distance": "mse+cosine+mse"}, r"distance must be .* different ones joined by '\+', got 'mse\+cosine\+mse'"),
+        ({"reduction": "max"}, r"reduction must be one of \('mean', 'sum', 'none'\), got 'max'"),
+        ({"temperature": 0}, "temperature must be positive, got 0.0"),
+        ({"temperature": -0.5}, "temperature must be positive, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be positive, got nan"),
+        ({"backend": "gpu"}, "backend must be None or .*'reference'.*, got 'gpu'"),
+    ],
+)
+def test_bad_input(backend, change, match):
+    args = inputs(5, 3, 4, dtype=torch.float32) | {"backend": backend}
+    kept = copy.deepcopy({name: value for name, value in args.items() if name not in change})
+    with pytest.raises(ValueError, match=match):
+        alignment_loss(**kept, **change)
