@@ -93,7 +93,6 @@ def train(
         learner.save(out)
         if run.records:
             run.summarise()
-            run.draw()
 
     if step:
         save()  # the run may have been killed while it saved
@@ -124,6 +123,8 @@ def train(
                 save()
         if step % steps_per_epoch or step == 0:
             save()
+    if run.records:
+        run.draw()
     return learner
 
 

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Build, test and benchmark on a GPU machine without network that has torch >= 2.10, nvcc and, better, triton, transformers,
+# peft, pytest and pytest-benchmark.
+#
+#   benchmarks/on_gpu.sh [build] [test] [sanitize] [bench]      all four without an argument
+#
+# Leaves logs and JSON in $OUT (default benchmarks/results), the installation in $SITE (default build/site). Every part is
+# stopped after 540 s. One part that fails does not stop the others; the exit status is then 1.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-$PWD/benchmarks/results}
+SITE=${SITE:-$PWD/build/site}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# The installed package is what is tested: "-m pytest" would put the source tree before it.
+PYTEST=("$PYTHON" -P -m pytest -p no:cacheprovider -o timeout=0)
+failed=()
+
+part() { # name, command...
+  local name=$1 start=$SECONDS
+  shift
+  echo "== $name: $*"
+  timeout 540 "$@" 2>&1 | tee "$OUT/$name.log"
+  local status=${PIPESTATUS[0]}
+  echo "== $name: status $status after $((SECONDS - start)) s"
+  [ "$status" -eq 0 ] || failed+=("$name")
+}
+
+build() {
+  rm -rf "$SITE"
+  FASTPROMPT_CUDA=1 part build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -v --target "$SITE" .
+  part info "$PYTHON" -P -c "import fastprompt.info; fastprompt.info.describe()"
+  part gpu nvidia-smi
+}
+
+tests() {
+  part test "${PYTEST[@]}" tests/ops --junitxml="$OUT/test.xml" # the operators on the GPU, and on its CPU
+}
+
+sanitize() {
+  # Without the caching allocator every tensor has memory of its own, so that a step beyond one is seen.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize compute-sanitizer --tool memcheck --error-exitcode 1 \
+    --target-processes all "${PYTEST[@]}" tests/ops/test_pack_prompt.py -m gpu \
+    -k "native and (test_every_dtype or test_non_contiguous)"
+}
+
+bench() {
+  local file name
+  for file in benchmarks/bench_*.py; do
+    name=$(basename "$file" .py)
+    part "$name" "${PYTEST[@]}" "$file" --benchmark-enable --benchmark-json="$OUT/$name.json" --benchmark-max-time=0.5
+  done
+}
+
+[ $# -gt 0 ] || set -- build test sanitize bench
+for name in "$@"; do
+  case $name in
+    build | sanitize | bench) "$name" ;;
+    test) tests ;;
+    *) echo "unknown part: $name (build, test, sanitize, bench)" >&2 && exit 2 ;;
+  esac
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
