@@ -119,7 +119,7 @@ def native(name: str, *patterns: str) -> Extension:
 
 
 setup(
-    ext_modules=[native("_C_cpu", "fastprompt.cpp", "cpu/*.cpp"), native("_C_cuda", "cuda/*.cu")],  # in this order
+    ext_modules=[native("_C_cpu", "fastprompt.cpp", "cpu/**/*.cpp"), native("_C_cuda", "cuda/*.cu")],  # in this order
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     # Only where there is none: a second torch in the isolated build environment would be a large and useless download.
     setup_requires=[] if find_torch() else ["torch>=" + ".".join(map(str, OLDEST_TORCH))],

@@ -2,6 +2,7 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
@@ -9,11 +10,11 @@ from fastprompt import __version__, _native
 
 PACKAGES = ("transformers", "peft", "triton")
 DEVICE_TYPES = ("cpu", "cuda")  # those a native library may exist for
-# Backends of each operator, in the order of preference. "native" needs its library, the others run wherever torch does.
+# Backends of each operator, in the order of preference, and the native libraries that have it.
 OPERATORS = {
-    "prefix_attention": ("cpu", "reference"),
-    "pack_prompt": ("native", "reference"),
-    "alignment_loss": ("reference",),
+    "prefix_attention": {"native": ("cpu",), "triton": (), "cpu": (), "reference": ()},
+    "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
+    "alignment_loss": {"reference": ()},
 }
 
 
@@ -34,9 +35,11 @@ def describe() -> None:
 
     print("\noperators and their backends")
     for operator, backends in OPERATORS.items():
-        for backend in backends:
-            if backend == "native":
-                state = "; ".join(f"{device}: {_state(_native.why_not(device))}" for device in DEVICE_TYPES)
+        for backend, devices in backends.items():
+            if backend == "triton":
+                state = _state(None if find_spec("triton") else "the package triton is not installed")
+            elif devices:
+                state = "; ".join(f"{device}: {_state(_native.why_not(device))}" for device in devices)
             else:
                 state = _state(None)
             print(f"  {operator:16}  {backend:9}  {state}")

@@ -21,7 +21,7 @@ template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
 
 template <typename F>
-void dispatch_floating(torch::headeronly::ScalarType type, const char* name, const F& f) {
+void dispatch_double_float_bfloat16(torch::headeronly::ScalarType type, const char* name, const F& f) {
   using torch::headeronly::ScalarType;
   switch (type) {
     case ScalarType::Float:
@@ -30,11 +30,15 @@ void dispatch_floating(torch::headeronly::ScalarType type, const char* name, con
       return f(double{});
     case ScalarType::BFloat16:
       return f(torch::headeronly::BFloat16{});
-    case ScalarType::Half:
-      return f(torch::headeronly::Half{});
     default:
       STD_TORCH_CHECK(false, name, " is not implemented for ", torch::headeronly::toString(type));
   }
+}
+
+template <typename F>
+void dispatch_floating(torch::headeronly::ScalarType type, const char* name, const F& f) {
+  if (type == torch::headeronly::ScalarType::Half) return f(torch::headeronly::Half{});
+  dispatch_double_float_bfloat16(type, name, f);
 }
 
 }  // namespace fastprompt

@@ -6,12 +6,11 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
+#include "checks.h"
 
 namespace fastprompt {
 namespace {
@@ -21,19 +20,6 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain = 32768;  // elements: as many as make a thread worth its start
 
 int64_t rows_per_thread(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
-
-// These become IndexError and ValueError in Python. The Python function checks the same, but not under torch.compile.
-void check_range(const Integers& values, int64_t count, int64_t bound, const char* name) {
-  for (int64_t i = 0; i < count; ++i)
-    if (values[i] < 0 || values[i] >= bound)
-      throw std::out_of_range(std::string(name) + " must be in [0, " + std::to_string(bound) + "), got " +
-                              std::to_string(values[i]) + " at index " + std::to_string(i));
-}
-
-void check_segments(const int32_t* cu_seqlens, int64_t segments, int64_t tokens) {
-  if (cu_seqlens[0] != 0 || cu_seqlens[segments] != tokens || !std::is_sorted(cu_seqlens, cu_seqlens + segments + 1))
-    throw std::invalid_argument("cu_seqlens must rise from 0 to the number of rows, " + std::to_string(tokens));
-}
 
 // Bank entry of each segment; 0 where there is no prompt_index.
 std::vector<int64_t> bank_entries(const std::optional<Tensor>& prompt_index, int64_t segments, int64_t bank_size) {

@@ -6,7 +6,6 @@ that carries no packed pass, such as the teacher's or generate's, goes to transf
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,31 +37,18 @@ class PackedPass:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         """query (R, H, D), key and value (R, Hkv, D), R = front + T -> (R, H, D)."""
+        prefix = None, None
         if not self.front:
-            prefix_key, prefix_value = self.prefix.get(layer) or self._no_prefix(key)
-            return self._segments(query, key, value, prefix_key, prefix_value, **options)
-        own, text = slice(None, self.front), slice(self.front, None)
-        bounds = torch.tensor([0, self.front], dtype=torch.int32, device=query.device)
-        prompt_out = prefix_attention(
-            *(query[own], key[own], value[own], *self._no_prefix(key), bounds), is_causal=True, **options
-        )
-        prefix_key, prefix_value = (x[own].transpose(0, 1).unsqueeze(0) for x in (key, value))
-        text_out = self._segments(query[text], key[text], value[text], prefix_key, prefix_value, **options)
-        return torch.cat([prompt_out, text_out])
-
-    def _segments(self, query, key, value, prefix_key, prefix_value, **options) -> Tensor:
-        # The prompt is kept in float32 where the backbone runs in less.
+            empty = key.new_empty(1, key.shape[1], 0, key.shape[2])
+            # The prompt is kept in float32 where the backbone runs in less.
+            prefix = (x.to(key.dtype) for x in self.prefix.get(layer) or (empty, empty))
         return prefix_attention(
-            *(query, key, value, prefix_key.to(key.dtype), prefix_value.to(key.dtype), self.cu_seqlens),
+            *(query, key, value, *prefix, self.cu_seqlens),
+            prompt_rows=self.front,
             is_causal=self.is_causal,
             prefix_in_window=self.prefix_in_window,
             **options,
         )
-
-    @staticmethod
-    def _no_prefix(key: Tensor) -> tuple[Tensor, Tensor]:
-        empty = key.new_empty(1, key.shape[1], 0, key.shape[2])
-        return empty, empty
 
 
 def attention(

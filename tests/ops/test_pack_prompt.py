@@ -203,7 +203,7 @@ def test_compiled_checks_values_too():
     args = inputs([3, 4], 2)
     with pytest.raises(IndexError, match="input_ids must be in"):
         compiled(**args | {"input_ids": args["input_ids"] + VOCABULARY})
-    with pytest.raises(ValueError, match="cu_seqlens must rise"):
+    with pytest.raises(ValueError, match="cu_seqlens must begin at 0"):
         compiled(**args | {"cu_seqlens": args["cu_seqlens"] + 1})
 
 

@@ -1,10 +1,17 @@
 """prefix_attention: packed, ragged attention in which every segment also reads a learned prefix."""
 
+import importlib.util
+
+import torch
 from torch import Tensor
 
+from fastprompt import _native
 from fastprompt.ops._checks import check_cu_seqlens, check_indices
 
 from . import cpu, reference
+
+if _native.available("cpu"):
+    from . import native
 
 __all__ = ["prefix_attention"]
 
@@ -13,11 +20,12 @@ def prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
     cu_seqlens: Tensor,
     *,
     prefix_index: Tensor | None = None,
+    prompt_rows: int = 0,
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
@@ -36,9 +44,12 @@ def prefix_attention(
     Args:
         query: (T, H, D), the rows of all segments one after the other, any floating dtype.
         key, value: (T, Hkv, D), H a multiple of Hkv: query head h reads key/value head h // (H / Hkv).
-        prefix_key, prefix_value: (N, Hkv, P, D), a bank of N prefixes; P may be 0.
+        prefix_key, prefix_value: (N, Hkv, P, D), a bank of N prefixes; P may be 0. None with `prompt_rows`.
         cu_seqlens: (B+1,) int32, on query's device: segment b is rows cu_seqlens[b]:cu_seqlens[b+1]; it may be empty.
         prefix_index: (B,) integer, which prefix each segment reads; None: the first.
+        prompt_rows: P > 0: the first P rows of query, key and value are a prompt that stands once before all segments
+            (causal only). They attend causally to each other, and their keys and values are the prefix of every
+            segment; T then counts them, and cu_seqlens bounds the segments among the rows after them.
         is_causal: rows see no later rows of their segment.
         scale: of the scores; None is D ** -0.5.
         window: row i sees rows j with i - j < window (causal) or |i - j| <= window (not causal), as transformers.
@@ -46,7 +57,8 @@ def prefix_attention(
         prefix_in_window: the prefix stands at positions -P..-1 under the window; by default every row sees it all.
         dropout_p: probability with which attention weights are dropped (and the rest scaled up).
         return_lse: also return the log-sum-exp of the scores, (T, H) float32 (float64 for float64), not differentiable.
-        backend: None chooses; "cpu" (PyTorch's flash kernels, CPU only, no softcap, no dropout) or "reference".
+        backend: None chooses; "native" (one fused kernel in C++, CPU only, no softcap, no dropout), "triton" (GPUs),
+            "cpu" (PyTorch's flash kernels, CPU only, no softcap, no dropout) or "reference".
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
@@ -57,7 +69,9 @@ def prefix_attention(
         IndexError: a value of prefix_index out of range (on the CPU; on a GPU values are not read on the host).
             All name the argument, before anything is computed.
     """
-    _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index)
+    if prompt_rows:
+        prefix_key, prefix_value = _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_causal)
+    _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows)
     if window is not None and window < (1 if is_causal else 0):
         raise ValueError(f"window must be at least {1 if is_causal else 0}, got {window}")
     if softcap is not None and not softcap > 0:
@@ -65,34 +79,94 @@ def prefix_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-
-    cpu_can = query.device.type == "cpu" and softcap is None and dropout_p == 0
-    if backend is None:
-        backend = "cpu" if cpu_can else "reference"
-    if backend == "cpu":
-        if not cpu_can:
-            raise ValueError(
-                "backend 'cpu' needs tensors on the CPU, no softcap and no dropout, "
-                f"got {query.device}, softcap={softcap}, dropout_p={dropout_p}"
-            )
-        if scale <= 0:  # the kernels hide a score by -inf before they scale it
-            query, scale = query * scale, 1.0
-        result = cpu.prefix_attention(
+    backend = _choose(backend, query, softcap, dropout_p)
+    options = is_causal, scale, window, softcap, prefix_in_window, dropout_p
+    if backend == "native":
+        result = native.prefix_attention(
             *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
-            *(is_causal, scale, window, prefix_in_window),
+            *(is_causal, scale, window, prefix_in_window, prompt_rows),
         )
-    elif backend == "reference":
-        output, lse = reference.prefix_attention(
-            *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
-            *(is_causal, scale, window, softcap, prefix_in_window, dropout_p),
-        )
-        result = output, lse.detach()
+    elif prompt_rows:
+        result = _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options)
     else:
-        raise ValueError(f"backend must be None, 'cpu' or 'reference', got {backend!r}")
+        result = _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options)
     return result if return_lse else result[0]
 
 
-def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index) -> None:
+def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p: float) -> str:
+    """The backend that runs: the fastest that can, or the one asked for."""
+    on_cpu = query.device.type == "cpu"
+    plain_cpu = on_cpu and softcap is None and dropout_p == 0
+    if backend is None:
+        if plain_cpu:
+            return "native" if _native.available("cpu") else "cpu"
+        return "triton" if query.device.type == "cuda" and _why_not_triton(query) is None else "reference"
+    if backend in ("native", "cpu") and not plain_cpu:
+        raise ValueError(
+            f"backend {backend!r} needs tensors on the CPU, no softcap and no dropout, "
+            f"got {query.device}, softcap={softcap}, dropout_p={dropout_p}"
+        )
+    if backend == "native" and not _native.available("cpu"):
+        raise ValueError(f"backend 'native' is not available: {_native.why_not('cpu')}")
+    if backend == "triton" and (reason := _why_not_triton(query)):
+        raise ValueError(f"backend 'triton' is not available: {reason}")
+    if backend not in ("native", "triton", "cpu", "reference"):
+        raise ValueError(f"backend must be None, 'native', 'triton', 'cpu' or 'reference', got {backend!r}")
+    return backend
+
+
+def _why_not_triton(query: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from . import triton
+
+    if query.device.type != "cuda" and not triton.INTERPRETED:
+        return f"it needs a GPU (or TRITON_INTERPRET=1), got tensors on {query.device}"
+    if query.dtype not in triton.DTYPES or query.shape[-1] > triton.LARGEST_HEAD:
+        return f"it needs {triton.DTYPES} and D <= {triton.LARGEST_HEAD}, got {query.dtype} and D = {query.shape[-1]}"
+    return None
+
+
+def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options):
+    is_causal, scale, window, _, prefix_in_window, _ = options
+    tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
+    if backend == "triton":
+        from . import triton  # here, not at the top: it imports the package triton
+
+        return triton.prefix_attention(*tensors, *options)
+    if backend == "cpu":
+        if scale < 0:  # the kernels hide a score by -inf before they scale it
+            query, scale = -query, -scale
+        elif scale == 0:
+            query, scale = query * 0, 1.0
+        return cpu.prefix_attention(query, *tensors[1:], is_causal, scale, window, prefix_in_window)
+    output, lse = reference.prefix_attention(*tensors, *options)
+    return output, lse.detach()
+
+
+def _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options) -> tuple[Tensor, Tensor]:
+    """The prompt's rows and the text's apart, where the backend does not take both at once."""
+    own, text = slice(None, prompt_rows), slice(prompt_rows, None)
+    bounds = torch.tensor([0, prompt_rows], dtype=torch.int32, device=query.device)
+    nothing = key.new_empty(1, key.shape[1], 0, key.shape[2])
+    first = _run(backend, query[own], key[own], value[own], nothing, nothing, bounds, None, *options)
+    prefix = (x[own].transpose(0, 1).unsqueeze(0) for x in (key, value))
+    second = _run(backend, query[text], key[text], value[text], *prefix, cu_seqlens, None, *options)
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
+def _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_causal) -> tuple[Tensor, Tensor]:
+    if prefix_key is not None or prefix_value is not None:
+        raise ValueError("prefix_key and prefix_value must be None with prompt_rows: the prompt is the prefix")
+    if not is_causal:
+        raise ValueError("prompt_rows needs is_causal: where rows see later ones, each segment has a prompt of its own")
+    if not 0 < prompt_rows <= len(query):
+        raise ValueError(f"prompt_rows must be in [1, {len(query)}], the number of rows, got {prompt_rows}")
+    nothing = key.new_empty(1, key.shape[1], 0, key.shape[2]) if key.ndim == 3 else key
+    return nothing, nothing
+
+
+def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows) -> None:
     named = {"key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
     if query.ndim != 3 or not query.is_floating_point():
         raise ValueError(f"query must be (T, H, D), floating point, got {tuple(query.shape)}, {query.dtype}")
@@ -117,7 +191,7 @@ def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
             )
     if entries == 0:
         raise ValueError("prefix_key must hold at least one prefix (of length 0 if need be), got a bank of none")
-    segments = check_cu_seqlens(cu_seqlens, rows)
+    segments = check_cu_seqlens(cu_seqlens, rows - prompt_rows)
     if cu_seqlens.device != query.device:
         raise ValueError(f"cu_seqlens must be on {query.device}, where query is, got {cu_seqlens.device}")
     if prefix_index is None:

@@ -1,0 +1,210 @@
+// The backward of a run of blocks. Included like tiles.h.
+//
+// A block's weights are computed again from its scores and log-sum-exp; with w = dO V^T and delta = dO . O,
+//   dS = P * (w - delta),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO,
+// five products, each only where its result is wanted. Keys' gradients gather in column panels: a segment's over its
+// blocks, the prefix's over all blocks of the item.
+
+template <typename T, typename A>
+void pack_prefix_backward(const Backward<T, A>& call, int64_t entry, int64_t head) {
+  const Problem& p = call.problem;
+  Part<A> part{};
+  pack_keys<T, A>(call.prefix_key.at(entry, head), call.prefix_key.row_stride, call.prefix_value.at(entry, head),
+                  call.prefix_value.row_stride, p.prefix, p.dim, true,
+                  call.packed_prefix + (entry * p.kv_heads + head) * packed_prefix_size<A>(p, true), part);
+}
+
+// Weights and score gradients of one row: score (s log2 e) becomes P, grad (dO V^T) becomes dS.
+template <typename A>
+inline void differentiate(A* score, A* grad, int64_t count, A lse2, A delta, bool with_grad) {
+  for (int64_t j = 0; j < count; j += kLanes<A>) {
+    const V<A> weight = exp2_nonpositive(vec(score + j) - lse2);
+    vec(score + j) = weight;
+    if (with_grad) vec(grad + j) = weight * (vec(grad + j) - delta);
+  }
+}
+
+// grad(j, :) += sum over rows r of weight(r, j) x columns(r, :) for the keys of one panel, up to `keys` of them.
+template <typename A>
+inline void add_transposed(const A* weight, int64_t stride, int64_t rows, int64_t keys, const A* columns, int64_t dim,
+                           A* grad, int64_t grad_rows) {
+  const int64_t count = keys < kPanel<A> ? keys : kPanel<A>;
+  for (int64_t index = 0; index < tiles_of(count); ++index) {
+    const Tile t = tile(count, index);
+    with_rows(t.count, [&]<int H>() {
+      for (int64_t d = 0; d < dim; d += kPanel<A>)
+        multiply_add<H>(weight + t.begin, 1, stride, columns + d * kBlockRows, rows,
+                        grad + d * grad_rows + t.begin * kPanel<A>);
+    });
+  }
+}
+
+// Rows of a block as the backward needs them.
+template <typename A>
+struct BlockRows {
+  A *query, *grad, *grad_query;  // column panels; query times scale log2 e
+  A *lse2, *delta;
+  A *score, *grad_score;  // (kBlockRows, stride)
+};
+
+template <typename T, typename A>
+void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block& block, const BlockRows<A>& b) {
+  const Problem& p = call.problem;
+  const Segment& segment = p.segments[block.segment];
+  const int64_t chunk = chunk_keys<A>(p), stride = chunk + kPanel<A>;
+  const int64_t rows = block.last - block.first, tiles = tiles_of(rows);
+  const bool with_grad = call.needs_query || part.grad_key;
+  for (int64_t begin = 0; begin < part.keys; begin += chunk) {
+    const int64_t keys = part.keys - begin < chunk ? part.keys - begin : chunk;
+    Problem::Range panels[kBlockRows];  // of each tile
+    for (int64_t index = 0; index < tiles; ++index) {
+      const Tile t = tile(rows, index);
+      const Problem::Range top = visible(p, part, block.first + t.begin, segment.length, begin, keys);
+      const Problem::Range bottom = visible(p, part, block.first + t.begin + t.count - 1, segment.length, begin, keys);
+      const Problem::Range seen{top.begin, bottom.end};  // both bounds rise with the row
+      panels[index] = {0, 0};
+      if (seen.empty()) continue;
+      const int64_t from = seen.begin / kPanel<A>, to = padded<A>(seen.end) / kPanel<A>;
+      panels[index] = {from, to};
+      A* const score = b.score + t.begin * stride;
+      A* const grad_score = b.grad_score + t.begin * stride;
+      score_tile(b.query, kBlockRows, t, part.key_transposed + begin * p.dim, p.dim, from, to, score, stride);
+      if (with_grad)
+        score_tile(b.grad, kBlockRows, t, part.value_transposed + begin * p.dim, p.dim, from, to, grad_score, stride);
+      for (int64_t r = 0; r < t.count; ++r) {
+        A* const row = score + r * stride;
+        const Problem::Range own = visible(p, part, block.first + t.begin + r, segment.length, begin, keys);
+        for (int64_t j = from * kPanel<A>; j < own.begin; ++j) row[j] = -__builtin_inf();
+        for (int64_t j = own.end; j < to * kPanel<A>; ++j) row[j] = -__builtin_inf();
+        differentiate(row + from * kPanel<A>, grad_score + r * stride + from * kPanel<A>, (to - from) * kPanel<A>,
+                      b.lse2[t.begin + r], b.delta[t.begin + r], with_grad);
+      }
+      if (call.needs_query)
+        add_weighted(grad_score, stride, t, part.key_columns + begin * kPanel<A>, part.rows, seen, p.dim, b.grad_query,
+                     kBlockRows);
+    }
+    if (!part.grad_key && !part.grad_value) continue;
+    // The tiles that computed a panel are neighbours, since both bounds of what a row sees rise.
+    for (int64_t panel = 0, low = 0; panel * kPanel<A> < keys; ++panel) {
+      while (low < tiles && panels[low].end <= panel) ++low;
+      int64_t high = low;
+      while (high < tiles && panels[high].begin <= panel && panel < panels[high].end) ++high;
+      if (low == high) continue;
+      const int64_t row = tile(rows, low).begin, count = tile(rows, high - 1).begin + tile(rows, high - 1).count - row;
+      const int64_t at = row * stride + panel * kPanel<A>, key = begin + panel * kPanel<A>;
+      if (part.grad_value)
+        add_transposed(b.score + at, stride, count, part.keys - key, b.grad + row * kPanel<A>, p.dim,
+                       part.grad_value + key * kPanel<A>, part.rows);
+      if (part.grad_key)
+        add_transposed(b.grad_score + at, stride, count, part.keys - key, b.query + row * kPanel<A>, p.dim,
+                       part.grad_key + key * kPanel<A>, part.rows);
+    }
+  }
+}
+
+template <typename T, typename A>
+void finish_segment(const Backward<T, A>& call, int64_t index, int64_t head, A* const* parts, int64_t count) {
+  const Problem& p = call.problem;
+  const Segment& segment = p.segments[index];
+  const int64_t rows = padded<A>(segment.length), size = segment_sum_size<A>(p, segment.length);
+  for (int64_t n = 1; n < count; ++n)
+    for (int64_t k = 0; k < 2 * size; k += kLanes<A>) vec(parts[0] + k) += vec(parts[n] + k);
+  for (int64_t j = 0; j < segment.length; ++j) {
+    if (call.needs_key)  // dK gathered against queries times scale log2 e
+      unpack_row<T, A>(parts[0], rows, j, p.dim, call.grad_key.at(segment.begin + j, head), A(kLn2));
+    if (call.needs_value)
+      unpack_row<T, A>(parts[0] + size, rows, j, p.dim, call.grad_value.at(segment.begin + j, head), A(1));
+  }
+}
+
+template <typename T, typename A>
+void finish_prefix(const Backward<T, A>& call, int64_t entry, int64_t head) {
+  const Problem& p = call.problem;
+  const int64_t rows = padded<A>(p.prefix), size = prefix_sum_size<A>(p);
+  A* const first = call.prefix_sums + (entry * p.kv_heads + head) * 2 * size;
+  for (int64_t split = 1; split < call.splits; ++split) {
+    const A* next = first + split * p.entries * p.kv_heads * 2 * size;
+    for (int64_t k = 0; k < 2 * size; k += kLanes<A>) vec(first + k) += vec(next + k);
+  }
+  for (int64_t j = 0; j < p.prefix; ++j) {
+    if (call.needs_prefix_key)
+      unpack_row<T, A>(first, rows, j, p.dim,
+                       call.grad_prefix_key.at(entry, head) + j * call.grad_prefix_key.row_stride, A(kLn2),
+                       call.add_prefix);
+    if (call.needs_prefix_value)
+      unpack_row<T, A>(first + size, rows, j, p.dim,
+                       call.grad_prefix_value.at(entry, head) + j * call.grad_prefix_value.row_stride, A(1),
+                       call.add_prefix);
+  }
+}
+
+template <typename T, typename A>
+void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Block* first, const Block* last,
+              Edges<A> edges, A* scratch) {
+  const Problem& p = call.problem;
+  const int64_t group = p.group(), row_panels = kBlockRows * padded<A>(p.dim);
+  const int64_t stride = chunk_keys<A>(p) + kPanel<A>;
+  BlockRows<A> b;
+  b.query = scratch;
+  b.grad = b.query + row_panels;
+  b.grad_query = b.grad + row_panels;
+  b.score = b.grad_query + row_panels;
+  b.grad_score = b.score + kBlockRows * stride;
+  b.lse2 = b.grad_score + kBlockRows * stride;
+  b.delta = b.lse2 + kBlockRows;
+  A* const packed = b.delta + kBlockRows;
+  Part<A> parts[2] = {};
+  A* sums = nullptr;  // of the current segment
+  const bool segments_need = call.needs_query || call.needs_key || call.needs_value;
+
+  for (const Block* block = first; block != last; ++block) {
+    const Segment& segment = p.segments[block->segment];
+    const int64_t sum_size = segment_sum_size<A>(p, segment.length);
+    if (block == first || block->segment != block[-1].segment) {
+      if (segment.entry < 0) {
+        parts[0] = {};
+      } else {
+        parts[0] = prefix_part(p, call.packed_prefix, segment.entry, head, true);
+        const int64_t size = prefix_sum_size<A>(p);
+        A* const prefix = call.prefix_sums + ((split * p.entries + segment.entry) * p.kv_heads + head) * 2 * size;
+        parts[0].grad_key = call.needs_prefix_key ? prefix : nullptr;
+        parts[0].grad_value = call.needs_prefix_value ? prefix + size : nullptr;
+      }
+      parts[1] = {};
+      if (segments_need) {
+        parts[1].keys = segment.length;
+        parts[1].rows = padded<A>(segment.length);
+        pack_keys<T, A>(call.key.at(segment.begin, head), call.key.row_stride, call.value.at(segment.begin, head),
+                        call.value.row_stride, segment.length, p.dim, true, packed, parts[1]);
+        sums = packed + 3 * sum_size;
+        if (block->segment == last[-1].segment && edges.last) sums = edges.last;
+        if (block == first && edges.first) sums = edges.first;
+        __builtin_memset(sums, 0, 2 * sum_size * sizeof(A));
+        parts[1].grad_key = call.needs_key ? sums : nullptr;
+        parts[1].grad_value = call.needs_value ? sums + sum_size : nullptr;
+      }
+    }
+    const int64_t rows = block->last - block->first;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
+      pack_row<T, A>(call.query.at(i, h), p.dim, b.query, kBlockRows, r, static_cast<A>(p.scale * kLog2E));
+      const T* const grad = call.grad.at(i, h);
+      pack_row<T, A>(grad, p.dim, b.grad, kBlockRows, r, A(1));
+      const T* const out = call.out.at(i, h);
+      A delta = 0;
+      for (int64_t d = 0; d < p.dim; ++d) delta += static_cast<A>(grad[d]) * static_cast<A>(out[d]);
+      b.delta[r] = delta;
+      b.lse2[r] = static_cast<A>(call.lse[i * p.heads + h] * kLog2E);
+    }
+    if (call.needs_query) __builtin_memset(b.grad_query, 0, row_panels * sizeof(A));
+    for (const Part<A>& part : parts)
+      if (part.keys) backward_part(call, part, *block, b);
+    if (call.needs_query)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
+        unpack_row<T, A>(b.grad_query, kBlockRows, r, p.dim, call.grad_query.at(i, h), static_cast<A>(p.scale));
+      }
+    const bool ends = block + 1 == last || block[1].segment != block->segment;
+    if (ends && sums == packed + 3 * sum_size) finish_segment(call, block->segment, head, &sums, 1);
+  }
+}
