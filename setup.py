@@ -15,6 +15,8 @@ import shutil
 import site
 import subprocess
 import sysconfig
+import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,7 +24,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 10)
-FLAGS = ["-shared", "-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"]
+FLAGS = ["-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Code for A100 and H100, and PTX for every other GPU since.
 CUDA_TARGETS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"]
@@ -41,6 +43,10 @@ def find_torch() -> Path | None:
         if found and (int(found[1]), int(found[2])) >= OLDEST_TORCH:
             return folder
     return None
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 class CannotBuild(Exception):
@@ -68,7 +74,7 @@ class BuildNative(build_ext):
 
     def build_cpu(self, sources: list[str], library: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        self.compile([*compiler, *HOST_FLAGS, *FLAGS], sources, library, ["-ltorch_cpu"])
+        self.compile(compiler, [*HOST_FLAGS, *FLAGS], sources, library, ["-ltorch_cpu"])
 
     def build_cuda(self, sources: list[str], library: Path) -> None:
         wanted = os.environ.get("FASTPROMPT_CUDA", "auto")
@@ -81,21 +87,28 @@ class BuildNative(build_ext):
         compiler = shlex.split(os.environ.get("NVCC", "nvcc"))
         flags = [*CUDA_TARGETS, "--threads=0", f"-Xcompiler={','.join(HOST_FLAGS)}", "-DUSE_CUDA", *FLAGS]
         # libtorch.so needs libtorch_cuda.so wherever torch has CUDA: linked so, a CPU torch is enough for the build.
-        self.compile([*compiler, *flags], sources, library, ["-Xlinker=--no-as-needed", "-ltorch"])
+        self.compile(compiler, flags, sources, library, ["-Xlinker=--no-as-needed", "-ltorch"])
 
-    def compile(self, compiler: list[str], sources: list[str], library: Path, link: list[str]) -> None:
+    def compile(
+        self, compiler: list[str], flags: list[str], sources: list[str], library: Path, link: list[str]
+    ) -> None:
         torch = find_torch()
         if torch is None:
             raise CannotBuild(f"torch >= {'.'.join(map(str, OLDEST_TORCH))} was not there")
         if shutil.which(compiler[0]) is None:
             raise CannotBuild(f"there was no compiler {compiler[0]!r}")
-        command = [*compiler, "-isystem", f"{torch}/include", *sources, f"-L{torch}/lib", *link, "-o", str(library)]
-        print(shlex.join(command), flush=True)
-        run = subprocess.run(command, capture_output=True, text=True)
-        print(run.stdout, run.stderr, sep="\n", flush=True)
-        if run.returncode:
-            first_error = next((line for line in run.stderr.splitlines() if "error" in line.lower()), "no message")
-            raise CannotBuild(f"{compiler[0]} failed: {first_error.strip()}")
+        with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:
+            objects = [f"{folder}/{n}.o" for n in range(len(sources))]
+            pairs = zip(sources, objects, strict=True)
+            commands = [[*compiler, *flags, "-isystem", f"{torch}/include", "-c", f, "-o", o] for f, o in pairs]
+            runs = pool.map(_run, commands)
+            if not any(run.returncode for run in runs):
+                runs = [_run([*compiler, "-shared", *objects, f"-L{torch}/lib", *link, "-o", str(library)])]
+        for run in runs:
+            print(shlex.join(run.args), run.stdout, run.stderr, sep="\n", flush=True)
+            if run.returncode:
+                first_error = next((line for line in run.stderr.splitlines() if "error" in line.lower()), "no message")
+                raise CannotBuild(f"{compiler[0]} failed: {first_error.strip()}")
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"  # no Python version in the name: no Python C-API inside

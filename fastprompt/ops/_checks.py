@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, rows: int, argument: str = "cu_seqlens") -> int:
+def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True) -> int:
     """Check the bounds of packed segments and return their number B.
 
     Segment b is rows cu_seqlens[b]:cu_seqlens[b+1]; segments may be empty. The values are read only where that costs no
@@ -13,31 +13,31 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, argument: str = "cu_seqlens"
     Args:
         cu_seqlens: (B+1,) int32, from 0 to `rows`, non-decreasing.
         rows: number of packed rows T.
-        argument: name of the argument, for the message.
+        read_values: False leaves the values to a native operator, which checks them itself.
 
     Raises:
         TypeError: not a tensor, or not int32.
         ValueError: another shape, or values that do not divide `rows` rows into segments.
     """
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{argument} must be a tensor, got {type(cu_seqlens).__name__}")
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{argument} must be torch.int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"cu_seqlens must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"{argument} must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
-    if _is_readable(cu_seqlens):
+        raise ValueError(f"cu_seqlens must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
+    if read_values and _is_readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0:
-            raise ValueError(f"{argument} must begin at 0, got {bounds[0]}")
+            raise ValueError(f"cu_seqlens must begin at 0, got {bounds[0]}")
         if bounds[-1] != rows:
-            raise ValueError(f"{argument} must end at {rows}, the number of packed rows, got {bounds[-1]}")
+            raise ValueError(f"cu_seqlens must end at {rows}, the number of packed rows, got {bounds[-1]}")
         for b, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if end < begin:
-                raise ValueError(f"{argument} must not decrease, got {end} after {begin} at index {b + 1}")
+                raise ValueError(f"cu_seqlens must not decrease, got {end} after {begin} at index {b + 1}")
     return len(cu_seqlens) - 1
 
 
-def check_indices(indices: Tensor, bound: int, argument: str) -> None:
+def check_indices(indices: Tensor, bound: int, argument: str, read_values: bool = True) -> None:
     """Check that `indices` are int32 or int64 and, where reading them costs no synchronisation, in [0, bound).
 
     Raises:
@@ -46,7 +46,7 @@ def check_indices(indices: Tensor, bound: int, argument: str) -> None:
     """
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{argument} must be torch.int32 or torch.int64, got {indices.dtype}")
-    if _is_readable(indices) and indices.numel():
+    if read_values and _is_readable(indices) and indices.numel():
         low, high = (int(value) for value in indices.aminmax())
         if low < 0 or high >= bound:
             raise IndexError(f"{argument} must be in [0, {bound}), got {low if low < 0 else high}")

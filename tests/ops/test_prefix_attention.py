@@ -13,7 +13,7 @@ from fastprompt.ops import prefix_attention
 
 # Each with what it can do, asked as device=..., softcap=..., dropout_p=..., dtype=..., features=...
 BACKENDS = {
-    "native": lambda device, softcap=None, dropout_p=0.0, **_: device == "cpu" and softcap is None and dropout_p == 0,
+    "native": lambda dtype=None, **needs: dtype != torch.float16 and BACKENDS["cpu"](**needs),
     "cpu": lambda device, softcap=None, dropout_p=0.0, **_: device == "cpu" and softcap is None and dropout_p == 0,
     "reference": lambda device, **_: True,
 }

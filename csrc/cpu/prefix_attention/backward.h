@@ -6,12 +6,8 @@
 // blocks, the prefix's over all blocks of the item.
 
 template <typename T, typename A>
-void pack_prefix_backward(const Backward<T, A>& call, int64_t entry, int64_t head) {
-  const Problem& p = call.problem;
-  Part<A> part{};
-  pack_keys<T, A>(call.prefix_key.at(entry, head), call.prefix_key.row_stride, call.prefix_value.at(entry, head),
-                  call.prefix_value.row_stride, p.prefix, p.dim, true,
-                  call.packed_prefix + (entry * p.kv_heads + head) * packed_prefix_size<A>(p, true), part);
+void pack_prefix_backward(const Backward<T, A>& call, int64_t entry, int64_t head, int64_t first, int64_t last) {
+  pack_prefix<T, A>(call, true, entry, head, first, last);
 }
 
 // Weights and score gradients of one row: score (s log2 e) becomes P, grad (dO V^T) becomes dS.
@@ -24,24 +20,21 @@ inline void differentiate(A* score, A* grad, int64_t count, A lse2, A delta, boo
   }
 }
 
-// grad(j, :) += sum over rows r of weight(r, j) x columns(r, :) for the keys of one panel, up to `keys` of them.
+// grad(j, :) += sum over rows r of weight(r, j) x columns(r, :) for `keys` keys.
 template <typename A>
-inline void add_transposed(const A* weight, int64_t stride, int64_t rows, int64_t keys, const A* columns, int64_t dim,
-                           A* grad, int64_t grad_rows) {
-  const int64_t count = keys < kPanel<A> ? keys : kPanel<A>;
-  for (int64_t index = 0; index < tiles_of(count); ++index) {
-    const Tile t = tile(count, index);
-    with_rows(t.count, [&]<int H>() {
-      for (int64_t d = 0; d < dim; d += kPanel<A>)
-        multiply_add<H>(weight + t.begin, 1, stride, columns + d * kBlockRows, rows,
-                        grad + d * grad_rows + t.begin * kPanel<A>);
-    });
+inline void add_transposed(const A* weight, int64_t stride, int64_t rows, int64_t keys, const A* columns,
+                           int64_t columns_rows, int64_t dim, A* grad, int64_t grad_rows) {
+  for (int64_t index = 0; index < tiles_of(keys); ++index) {
+    const Tile t = tile(keys, index);
+    with_rows<AddWeighted>(t.count, weight + t.begin, int64_t{1}, stride, rows, columns, columns_rows, dim,
+                           grad + t.begin * kPanel<A>, grad_rows);
   }
 }
 
 // Rows of a block as the backward needs them.
 template <typename A>
 struct BlockRows {
+  int64_t rows;
   A *query, *grad, *grad_query;  // column panels; query times scale log2 e
   A *lse2, *delta;
   A *score, *grad_score;  // (kBlockRows, stride)
@@ -52,7 +45,7 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
   const Problem& p = call.problem;
   const Segment& segment = p.segments[block.segment];
   const int64_t chunk = chunk_keys<A>(p), stride = chunk + kPanel<A>;
-  const int64_t rows = block.last - block.first, tiles = tiles_of(rows);
+  const int64_t rows = b.rows, tiles = tiles_of(rows);
   const bool with_grad = call.needs_query || part.grad_key;
   for (int64_t begin = 0; begin < part.keys; begin += chunk) {
     const int64_t keys = part.keys - begin < chunk ? part.keys - begin : chunk;
@@ -68,9 +61,9 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
       panels[index] = {from, to};
       A* const score = b.score + t.begin * stride;
       A* const grad_score = b.grad_score + t.begin * stride;
-      score_tile(b.query, kBlockRows, t, part.key_transposed + begin * p.dim, p.dim, from, to, score, stride);
+      score_tile(b.query, rows, t, part.key_transposed + begin * p.dim, p.dim, from, to, score, stride);
       if (with_grad)
-        score_tile(b.grad, kBlockRows, t, part.value_transposed + begin * p.dim, p.dim, from, to, grad_score, stride);
+        score_tile(b.grad, rows, t, part.value_transposed + begin * p.dim, p.dim, from, to, grad_score, stride);
       for (int64_t r = 0; r < t.count; ++r) {
         A* const row = score + r * stride;
         const Problem::Range own = visible(p, part, block.first + t.begin + r, segment.length, begin, keys);
@@ -81,22 +74,27 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
       }
       if (call.needs_query)
         add_weighted(grad_score, stride, t, part.key_columns + begin * kPanel<A>, part.rows, seen, p.dim, b.grad_query,
-                     kBlockRows);
+                     rows);
     }
     if (!part.grad_key && !part.grad_value) continue;
-    // The tiles that computed a panel are neighbours, since both bounds of what a row sees rise.
-    for (int64_t panel = 0, low = 0; panel * kPanel<A> < keys; ++panel) {
+    // The tiles that computed a panel are neighbours, since both bounds of what a row sees rise. Neighbouring panels of
+    // the same tiles go together.
+    int64_t low = 0, next = 0;
+    for (int64_t panel = 0; panel * kPanel<A> < keys; panel = next) {
+      next = panel + 1;
       while (low < tiles && panels[low].end <= panel) ++low;
       int64_t high = low;
       while (high < tiles && panels[high].begin <= panel && panel < panels[high].end) ++high;
       if (low == high) continue;
+      while (next * kPanel<A> < keys && next < panels[low].end && (high == tiles || next < panels[high].begin)) ++next;
+      const int64_t wide = (next * kPanel<A> < keys ? next * kPanel<A> : keys) - panel * kPanel<A>;
       const int64_t row = tile(rows, low).begin, count = tile(rows, high - 1).begin + tile(rows, high - 1).count - row;
       const int64_t at = row * stride + panel * kPanel<A>, key = begin + panel * kPanel<A>;
       if (part.grad_value)
-        add_transposed(b.score + at, stride, count, part.keys - key, b.grad + row * kPanel<A>, p.dim,
+        add_transposed(b.score + at, stride, count, wide, b.grad + row * kPanel<A>, rows, p.dim,
                        part.grad_value + key * kPanel<A>, part.rows);
       if (part.grad_key)
-        add_transposed(b.grad_score + at, stride, count, part.keys - key, b.query + row * kPanel<A>, p.dim,
+        add_transposed(b.grad_score + at, stride, count, wide, b.query + row * kPanel<A>, rows, p.dim,
                        part.grad_key + key * kPanel<A>, part.rows);
     }
   }
@@ -118,15 +116,17 @@ void finish_segment(const Backward<T, A>& call, int64_t index, int64_t head, A* 
 }
 
 template <typename T, typename A>
-void finish_prefix(const Backward<T, A>& call, int64_t entry, int64_t head) {
+void finish_prefix(const Backward<T, A>& call, int64_t entry, int64_t head, int64_t from, int64_t to) {
   const Problem& p = call.problem;
   const int64_t rows = padded<A>(p.prefix), size = prefix_sum_size<A>(p);
   A* const first = call.prefix_sums + (entry * p.kv_heads + head) * 2 * size;
   for (int64_t split = 1; split < call.splits; ++split) {
     const A* next = first + split * p.entries * p.kv_heads * 2 * size;
-    for (int64_t k = 0; k < 2 * size; k += kLanes<A>) vec(first + k) += vec(next + k);
+    for (int64_t panel = 0; panel < 2 * size; panel += rows * kPanel<A>)
+      for (int64_t k = panel + from * kPanel<A>; k < panel + to * kPanel<A>; k += kLanes<A>)
+        vec(first + k) += vec(next + k);
   }
-  for (int64_t j = 0; j < p.prefix; ++j) {
+  for (int64_t j = from; j < to; ++j) {
     if (call.needs_prefix_key)
       unpack_row<T, A>(first, rows, j, p.dim,
                        call.grad_prefix_key.at(entry, head) + j * call.grad_prefix_key.row_stride, A(kLn2),
@@ -139,9 +139,10 @@ void finish_prefix(const Backward<T, A>& call, int64_t entry, int64_t head) {
 }
 
 template <typename T, typename A>
-void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Block* first, const Block* last,
-              Edges<A> edges, A* scratch) {
+void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Block* first, const Block* last, A* part,
+              A* scratch) {
   const Problem& p = call.problem;
+  const Segment& segment = p.segments[first->segment];
   const int64_t group = p.group(), row_panels = kBlockRows * padded<A>(p.dim);
   const int64_t stride = chunk_keys<A>(p) + kPanel<A>;
   BlockRows<A> b;
@@ -153,58 +154,44 @@ void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Blo
   b.lse2 = b.grad_score + kBlockRows * stride;
   b.delta = b.lse2 + kBlockRows;
   A* const packed = b.delta + kBlockRows;
+
   Part<A> parts[2] = {};
-  A* sums = nullptr;  // of the current segment
-  const bool segments_need = call.needs_query || call.needs_key || call.needs_value;
+  if (segment.entry >= 0) {
+    const int64_t size = prefix_sum_size<A>(p);
+    A* const sums = call.prefix_sums + ((split * p.entries + segment.entry) * p.kv_heads + head) * 2 * size;
+    parts[0] = prefix_part(p, call.packed_prefix, segment.entry, head, true);
+    parts[0].grad_key = call.needs_prefix_key ? sums : nullptr;
+    parts[0].grad_value = call.needs_prefix_value ? sums + size : nullptr;
+  }
+  const int64_t size = segment_sum_size<A>(p, segment.length);
+  A* const sums = part ? part : packed + prefix_copies(true) * size;
+  if (call.needs_query || call.needs_key || call.needs_value) {
+    pack_keys<T, A>(call.key.at(segment.begin, head), call.key.row_stride, call.value.at(segment.begin, head),
+                    call.value.row_stride, 0, segment.length, segment.length, p.dim, true, packed);
+    parts[1] = packed_part(false, packed, segment.length, p.dim);
+    __builtin_memset(sums, 0, 2 * size * sizeof(A));
+    parts[1].grad_key = call.needs_key ? sums : nullptr;
+    parts[1].grad_value = call.needs_value ? sums + size : nullptr;
+  }
 
   for (const Block* block = first; block != last; ++block) {
-    const Segment& segment = p.segments[block->segment];
-    const int64_t sum_size = segment_sum_size<A>(p, segment.length);
-    if (block == first || block->segment != block[-1].segment) {
-      if (segment.entry < 0) {
-        parts[0] = {};
-      } else {
-        parts[0] = prefix_part(p, call.packed_prefix, segment.entry, head, true);
-        const int64_t size = prefix_sum_size<A>(p);
-        A* const prefix = call.prefix_sums + ((split * p.entries + segment.entry) * p.kv_heads + head) * 2 * size;
-        parts[0].grad_key = call.needs_prefix_key ? prefix : nullptr;
-        parts[0].grad_value = call.needs_prefix_value ? prefix + size : nullptr;
-      }
-      parts[1] = {};
-      if (segments_need) {
-        parts[1].keys = segment.length;
-        parts[1].rows = padded<A>(segment.length);
-        pack_keys<T, A>(call.key.at(segment.begin, head), call.key.row_stride, call.value.at(segment.begin, head),
-                        call.value.row_stride, segment.length, p.dim, true, packed, parts[1]);
-        sums = packed + 3 * sum_size;
-        if (block->segment == last[-1].segment && edges.last) sums = edges.last;
-        if (block == first && edges.first) sums = edges.first;
-        __builtin_memset(sums, 0, 2 * sum_size * sizeof(A));
-        parts[1].grad_key = call.needs_key ? sums : nullptr;
-        parts[1].grad_value = call.needs_value ? sums + sum_size : nullptr;
-      }
-    }
-    const int64_t rows = block->last - block->first;
-    for (int64_t r = 0; r < rows; ++r) {
+    b.rows = block->last - block->first;
+    for (int64_t r = 0; r < b.rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-      pack_row<T, A>(call.query.at(i, h), p.dim, b.query, kBlockRows, r, static_cast<A>(p.scale * kLog2E));
+      pack_row<T, A>(call.query.at(i, h), p.dim, b.query, b.rows, r, static_cast<A>(p.scale * kLog2E));
       const T* const grad = call.grad.at(i, h);
-      pack_row<T, A>(grad, p.dim, b.grad, kBlockRows, r, A(1));
-      const T* const out = call.out.at(i, h);
-      A delta = 0;
-      for (int64_t d = 0; d < p.dim; ++d) delta += static_cast<A>(grad[d]) * static_cast<A>(out[d]);
-      b.delta[r] = delta;
+      pack_row<T, A>(grad, p.dim, b.grad, b.rows, r, A(1));
+      b.delta[r] = dot<T, A>(grad, call.out.at(i, h), p.dim);
       b.lse2[r] = static_cast<A>(call.lse[i * p.heads + h] * kLog2E);
     }
-    if (call.needs_query) __builtin_memset(b.grad_query, 0, row_panels * sizeof(A));
-    for (const Part<A>& part : parts)
-      if (part.keys) backward_part(call, part, *block, b);
+    if (call.needs_query) __builtin_memset(b.grad_query, 0, b.rows * padded<A>(p.dim) * sizeof(A));
+    for (const Part<A>& keys : parts)
+      if (keys.keys) backward_part(call, keys, *block, b);
     if (call.needs_query)
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < b.rows; ++r) {
         const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-        unpack_row<T, A>(b.grad_query, kBlockRows, r, p.dim, call.grad_query.at(i, h), static_cast<A>(p.scale));
+        unpack_row<T, A>(b.grad_query, b.rows, r, p.dim, call.grad_query.at(i, h), static_cast<A>(p.scale));
       }
-    const bool ends = block + 1 == last || block[1].segment != block->segment;
-    if (ends && sums == packed + 3 * sum_size) finish_segment(call, block->segment, head, &sums, 1);
   }
+  if (!part && parts[1].keys) finish_segment(call, first->segment, head, &sums, 1);
 }

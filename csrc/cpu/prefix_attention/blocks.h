@@ -38,26 +38,38 @@ inline Problem::Range visible(const Problem& problem, const Part<A>& part, int64
   return {clipped(range.begin), clipped(range.end)};
 }
 
-// Computes f(panel) of the score panels [first, last), then hides what each row of the tile does not see.
+// score(tile, :) = query(tile, :) x keys^T for the transposed panels [first, last).
+template <int H>
+struct Score {
+  template <typename A>
+  static void run(const A* query, int64_t query_rows, const A* keys, int64_t dim, int64_t first, int64_t last, A* score,
+                  int64_t stride) {
+    for (int64_t panel = first; panel < last; ++panel)
+      multiply_transposed<H>(query, query_rows, keys + panel * dim * kPanel<A>, dim, score + panel * kPanel<A>, stride);
+  }
+};
 template <typename A>
 inline void score_tile(const A* query, int64_t query_rows, Tile tile, const A* keys, int64_t dim, int64_t first,
                        int64_t last, A* score, int64_t stride) {
-  with_rows(tile.count, [&]<int H>() {
-    for (int64_t panel = first; panel < last; ++panel)
-      multiply_transposed<H>(query + tile.begin * kPanel<A>, query_rows, keys + panel * dim * kPanel<A>, dim,
-                             score + panel * kPanel<A>, stride);
-  });
+  with_rows<Score>(tile.count, query + tile.begin * kPanel<A>, query_rows, keys, dim, first, last, score, stride);
 }
 
-// out(tile, :) += weight(tile, begin..end) x columns(begin..end, :), all features.
+// out(r, :) += sum over j < count of weight(r, j) x columns(j, :), all features; weight(r, j) is
+// weight[r * row + j * step], columns and out are column panels.
+template <int H>
+struct AddWeighted {
+  template <typename A>
+  static void run(const A* weight, int64_t row, int64_t step, int64_t count, const A* columns, int64_t rows,
+                  int64_t dim, A* out, int64_t out_rows) {
+    for (int64_t d = 0; d < dim; d += kPanel<A>)
+      multiply_add<H>(weight, row, step, columns + d * rows, count, out + d * out_rows);
+  }
+};
 template <typename A>
 inline void add_weighted(const A* weight, int64_t stride, Tile tile, const A* columns, int64_t rows,
                          Problem::Range keys, int64_t dim, A* out, int64_t out_rows) {
-  with_rows(tile.count, [&]<int H>() {
-    for (int64_t d = 0; d < dim; d += kPanel<A>)
-      multiply_add<H>(weight + keys.begin, stride, 1, columns + d * rows + keys.begin * kPanel<A>,
-                      keys.end - keys.begin, out + d * out_rows + tile.begin * kPanel<A>);
-  });
+  with_rows<AddWeighted>(tile.count, weight + keys.begin, stride, int64_t{1}, keys.end - keys.begin,
+                         columns + keys.begin * kPanel<A>, rows, dim, out + tile.begin * kPanel<A>, out_rows);
 }
 
 // The packed prefix of an entry and head: transposed keys and value columns; for the backward, transposed values and
@@ -76,26 +88,42 @@ int64_t segment_sum_size(const Problem& problem, int64_t length) {
   return padded<A>(length) * padded<A>(problem.dim);
 }
 
+// Packs keys [first, last) of `count`; first is a multiple of kPanel.
 template <typename T, typename A>
-void pack_keys(const T* key, int64_t key_stride, const T* value, int64_t value_stride, int64_t count, int64_t dim,
-               bool backward, A* to, Part<A>& part) {
-  const int64_t rows = padded<A>(count), size = rows * padded<A>(dim);
-  pack_transposed<T, A>(key, key_stride, count, dim, to);
-  part.key_transposed = to;
+void pack_keys(const T* key, int64_t key_stride, const T* value, int64_t value_stride, int64_t first, int64_t last,
+               int64_t count, int64_t dim, bool backward, A* to) {
+  const int64_t rows = padded<A>(count), size = rows * padded<A>(dim), keys = last - first;
+  key += first * key_stride;
+  value += first * value_stride;
+  pack_transposed<T, A>(key, key_stride, keys, dim, to + first * dim);
+  to += size;
   if (backward) {
-    pack_transposed<T, A>(value, value_stride, count, dim, to + size);
-    pack_columns<T, A>(key, key_stride, count, dim, to + 2 * size, rows);
-    part.value_transposed = to + size;
-    part.key_columns = to + 2 * size;
+    pack_transposed<T, A>(value, value_stride, keys, dim, to + first * dim);
+    to += size;
+    pack_columns<T, A>(key, key_stride, keys, dim, to + first * kPanel<A>, rows);
   } else {
-    pack_columns<T, A>(value, value_stride, count, dim, to + size, rows);
-    part.value_columns = to + size;
+    pack_columns<T, A>(value, value_stride, keys, dim, to + first * kPanel<A>, rows);
   }
+}
+
+// Keys [first, last) of the prefix of an entry and head.
+template <typename T, typename A, typename Call>
+void pack_prefix(const Call& call, bool backward, int64_t entry, int64_t head, int64_t first, int64_t last) {
+  const Problem& p = call.problem;
+  pack_keys<T, A>(call.prefix_key.at(entry, head), call.prefix_key.row_stride, call.prefix_value.at(entry, head),
+                  call.prefix_value.row_stride, first, last, p.prefix, p.dim, backward,
+                  call.packed_prefix + (entry * p.kv_heads + head) * packed_prefix_size<A>(p, backward));
+}
+
+// The part that stands packed at `at`.
+template <typename A>
+Part<A> packed_part(bool is_prefix, const A* at, int64_t keys, int64_t dim) {
+  const int64_t rows = padded<A>(keys), size = rows * padded<A>(dim);
+  return {is_prefix, keys, rows, at, at + size, at + 2 * size, at + size, nullptr, nullptr};
 }
 
 template <typename A>
 Part<A> prefix_part(const Problem& problem, const A* packed, int64_t entry, int64_t head, bool backward) {
-  const int64_t rows = padded<A>(problem.prefix), size = rows * padded<A>(problem.dim);
-  const A* at = packed + (entry * problem.kv_heads + head) * prefix_copies(backward) * size;
-  return {true, problem.prefix, rows, at, at + size, at + 2 * size, at + size, nullptr, nullptr};
+  const A* at = packed + (entry * problem.kv_heads + head) * packed_prefix_size<A>(problem, backward);
+  return packed_part(true, at, problem.prefix, problem.dim);
 }

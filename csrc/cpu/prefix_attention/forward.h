@@ -1,12 +1,8 @@
 // The forward of a run of blocks. Included like tiles.h.
 
 template <typename T, typename A>
-void pack_prefix_forward(const Forward<T, A>& call, int64_t entry, int64_t head) {
-  const Problem& p = call.problem;
-  Part<A> part{};
-  pack_keys<T, A>(call.prefix_key.at(entry, head), call.prefix_key.row_stride, call.prefix_value.at(entry, head),
-                  call.prefix_value.row_stride, p.prefix, p.dim, false,
-                  call.packed_prefix + (entry * p.kv_heads + head) * packed_prefix_size<A>(p, false), part);
+void pack_prefix_forward(const Forward<T, A>& call, int64_t entry, int64_t head, int64_t first, int64_t last) {
+  pack_prefix<T, A>(call, false, entry, head, first, last);
 }
 
 // Turns the scores of one row, `count` of them in whole panels, into weights relative to the greatest score so far, and
@@ -19,9 +15,8 @@ inline A soften(A* score, int64_t count, A& greatest, A& sum) {
     top0 = x0 > top0 ? x0 : top0;
     top1 = x1 > top1 ? x1 : top1;
   }
-  top0 = top1 > top0 ? top1 : top0;
-  A top = greatest;
-  for (int64_t k = 0; k < kLanes<A>; ++k) top = top0[k] > top ? top0[k] : top;
+  A top = greatest_of<A>(top1 > top0 ? top1 : top0);
+  top = top > greatest ? top : greatest;
   const A nothing = -__builtin_inf();
   const A base = top == nothing ? A(0) : top;  // a row that sees nothing yet has weights 2^-inf = 0
   V<A> total0{}, total1{};
@@ -32,9 +27,7 @@ inline A soften(A* score, int64_t count, A& greatest, A& sum) {
     total0 += w0;
     total1 += w1;
   }
-  total0 += total1;
-  A total = 0;
-  for (int64_t k = 0; k < kLanes<A>; ++k) total += total0[k];
+  const A total = sum_of<A>(total0 + total1);
   const A factor = greatest == nothing ? A(1) : exp2_nonpositive_scalar(greatest - base);
   sum = sum * factor + total;
   greatest = top;
@@ -52,6 +45,7 @@ int64_t scratch_size(const Problem& problem, int64_t longest, bool backward) {
 template <typename T, typename A>
 void forward(const Forward<T, A>& call, int64_t head, const Block* first, const Block* last, A* scratch) {
   const Problem& p = call.problem;
+  const Segment& segment = p.segments[first->segment];
   const int64_t group = p.group(), row_panels = kBlockRows * padded<A>(p.dim);
   const int64_t chunk = chunk_keys<A>(p), stride = chunk + kPanel<A>;
   A* const query = scratch;
@@ -61,26 +55,20 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
   A* const sum = greatest + kBlockRows;
   A* const packed = sum + kBlockRows;
   Part<A> parts[2] = {};
-  int64_t packed_segment = -1;
+  if (segment.entry >= 0) parts[0] = prefix_part(p, call.packed_prefix, segment.entry, head, false);
+  pack_keys<T, A>(call.key.at(segment.begin, head), call.key.row_stride, call.value.at(segment.begin, head),
+                  call.value.row_stride, 0, segment.length, segment.length, p.dim, false, packed);
+  parts[1] = packed_part(false, packed, segment.length, p.dim);
 
   for (const Block* block = first; block != last; ++block) {
-    const Segment& segment = p.segments[block->segment];
-    if (block->segment != packed_segment) {
-      packed_segment = block->segment;
-      parts[0] = segment.entry < 0 ? Part<A>{} : prefix_part(p, call.packed_prefix, segment.entry, head, false);
-      parts[1].keys = segment.length;
-      parts[1].rows = padded<A>(segment.length);
-      pack_keys<T, A>(call.key.at(segment.begin, head), call.key.row_stride, call.value.at(segment.begin, head),
-                      call.value.row_stride, segment.length, p.dim, false, packed, parts[1]);
-    }
     const int64_t rows = block->last - block->first;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-      pack_row<T, A>(call.query.at(i, h), p.dim, query, kBlockRows, r, static_cast<A>(p.scale * kLog2E));
+      pack_row<T, A>(call.query.at(i, h), p.dim, query, rows, r, static_cast<A>(p.scale * kLog2E));
       greatest[r] = -__builtin_inf();
       sum[r] = 0;
     }
-    __builtin_memset(out, 0, row_panels * sizeof(A));
+    __builtin_memset(out, 0, rows * padded<A>(p.dim) * sizeof(A));
 
     for (const Part<A>& part : parts)
       for (int64_t begin = 0; begin < part.keys; begin += chunk) {
@@ -93,7 +81,7 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
           const Problem::Range seen{top.begin, bottom.end};  // both bounds rise with the row
           if (seen.empty()) continue;
           const int64_t from = seen.begin / kPanel<A>, to = padded<A>(seen.end) / kPanel<A>;
-          score_tile(query, kBlockRows, t, part.key_transposed + begin * p.dim, p.dim, from, to, score, stride);
+          score_tile(query, rows, t, part.key_transposed + begin * p.dim, p.dim, from, to, score, stride);
           for (int64_t r = 0; r < t.count; ++r) {
             A* row = score + r * stride;
             const Problem::Range own = visible(p, part, block->first + t.begin + r, segment.length, begin, keys);
@@ -103,19 +91,18 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
                 soften(row + from * kPanel<A>, (to - from) * kPanel<A>, greatest[t.begin + r], sum[t.begin + r]);
             if (factor != 1)
               for (int64_t d = 0; d < p.dim; d += kPanel<A>) {
-                A* o = out + d * kBlockRows + (t.begin + r) * kPanel<A>;
+                A* o = out + d * rows + (t.begin + r) * kPanel<A>;
                 vec(o) *= factor;
                 vec(o + kLanes<A>) *= factor;
               }
           }
-          add_weighted(score, stride, t, part.value_columns + begin * kPanel<A>, part.rows, seen, p.dim, out,
-                       kBlockRows);
+          add_weighted(score, stride, t, part.value_columns + begin * kPanel<A>, part.rows, seen, p.dim, out, rows);
         }
       }
 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-      unpack_row<T, A>(out, kBlockRows, r, p.dim, call.out.at(i, h), A(1) / sum[r]);
+      unpack_row<T, A>(out, rows, r, p.dim, call.out.at(i, h), A(1) / sum[r]);
       call.lse[i * p.heads + h] = static_cast<A>((greatest[r] + __builtin_log2(sum[r])) * kLn2);
     }
   }

@@ -31,12 +31,6 @@ struct Backward {
   A* prefix_sums;  // (splits, entries, Hkv, 2, elements of a packed prefix), zero at the start
 };
 
-// Where an item of the backward leaves the key and value gradients of a segment that it shares with its neighbours.
-template <typename A>
-struct Edges {
-  A *first, *last;  // room for two column panels each, or null
-};
-
 // One instruction set's functions. Sizes are in elements of A.
 template <typename T, typename A>
 struct Kernels {
@@ -44,13 +38,16 @@ struct Kernels {
   int64_t (*prefix_sum_size)(const Problem&);                    // of one entry and head, key or value
   int64_t (*segment_sum_size)(const Problem&, int64_t length);   // key or value
   int64_t (*scratch_size)(const Problem&, int64_t longest, bool backward);
-  void (*pack_prefix_forward)(const Forward<T, A>&, int64_t entry, int64_t head);
-  void (*pack_prefix_backward)(const Backward<T, A>&, int64_t entry, int64_t head);
+  // Keys [first, last) of the prefix; first is a multiple of kPrefixKeys.
+  void (*pack_prefix_forward)(const Forward<T, A>&, int64_t entry, int64_t head, int64_t first, int64_t last);
+  void (*pack_prefix_backward)(const Backward<T, A>&, int64_t entry, int64_t head, int64_t first, int64_t last);
+  // The blocks [first, last) are of one segment.
   void (*forward)(const Forward<T, A>&, int64_t head, const Block* first, const Block* last, A* scratch);
-  void (*backward)(const Backward<T, A>&, int64_t head, int64_t split, const Block* first, const Block* last,
-                   Edges<A> edges, A* scratch);
-  // Adds up what the splits found for one entry and head, in their order.
-  void (*finish_prefix)(const Backward<T, A>&, int64_t entry, int64_t head);
+  void (*backward)(const Backward<T, A>&, int64_t head, int64_t split, const Block* first, const Block* last, A* part,
+                   A* scratch);  // part: room for the segment's key and value gradients where others share it, or null
+
+  // Adds up what the splits found for keys [first, last) of one entry and head, in their order.
+  void (*finish_prefix)(const Backward<T, A>&, int64_t entry, int64_t head, int64_t first, int64_t last);
   // Adds up what `count` items found for one segment and head, in their order.
   void (*finish_segment)(const Backward<T, A>&, int64_t segment, int64_t head, A* const* parts, int64_t count);
 };

@@ -78,12 +78,16 @@ Plan make_plan(Problem& problem, const Tensor& cu_seqlens, const std::optional<T
   Plan plan;
   add_segments(plan, cu_seqlens, prefix_index, rows, problem.entries, prompt_rows);
   problem.segments = plan.segments.data();
+  // Blocks as large as leaves each thread two of them.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = rows * problem.heads / (2 * threads);
+  const int64_t block_rows = std::clamp((share + kTileRows - 1) / kTileRows * kTileRows, kBlockRows / 4, kBlockRows);
   std::vector<int64_t> cost{0};  // of the blocks so far, in rows times keys
   for (size_t s = 0; s < plan.segments.size(); ++s) {
     const Segment& segment = plan.segments[s];
     plan.longest = std::max(plan.longest, segment.length);
     const int64_t group_rows = segment.length * problem.group();
-    const int64_t count = (group_rows + kBlockRows - 1) / kBlockRows;
+    const int64_t count = (group_rows + block_rows - 1) / block_rows;
     for (int64_t n = 0; n < count; ++n) {
       const int64_t first = group_rows * n / count, last = group_rows * (n + 1) / count;
       plan.blocks.push_back({static_cast<int32_t>(s), static_cast<int32_t>(first), static_cast<int32_t>(last)});
@@ -93,13 +97,15 @@ Plan make_plan(Problem& problem, const Tensor& cu_seqlens, const std::optional<T
     }
   }
   // As few splits as give each thread its share: a split of the backward has sums of the prefix's gradient of its own.
-  const int64_t threads = torch::stable::get_num_threads(), blocks = static_cast<int64_t>(plan.blocks.size());
+  const int64_t blocks = static_cast<int64_t>(plan.blocks.size());
   int64_t splits = 1;
   while (splits < blocks && problem.kv_heads * splits % threads != 0 && problem.kv_heads * splits < 8 * threads)
     ++splits;
   for (int64_t s = 0; s <= splits; ++s) {
-    const auto cut = std::lower_bound(cost.begin(), cost.end(), cost.back() * s / splits);
-    plan.cuts.push_back(s == splits ? blocks : cut - cost.begin());
+    const int64_t share = cost.back() * s / splits;
+    int64_t cut = std::lower_bound(cost.begin(), cost.end(), share) - cost.begin();
+    if (cut > 0 && share - cost[cut - 1] < cost[cut] - share) --cut;  // the nearest
+    plan.cuts.push_back(cut);
   }
   return plan;
 }
@@ -137,16 +143,41 @@ Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& prefix_
   return problem;
 }
 
-// Runs f(entry, head) for the entries that a segment reads.
+// Runs f(entry, head, first key, last key) for the entries that a segment reads.
 template <typename F>
 void for_each_prefix(const Plan& plan, const Problem& problem, bool all, const F& f) {
   std::vector<bool> read(problem.entries, all);
   for (const Segment& segment : plan.segments)
     if (segment.entry >= 0) read[segment.entry] = true;
-  torch::stable::parallel_for(0, problem.entries * problem.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-      if (read[n / problem.kv_heads]) f(n / problem.kv_heads, n % problem.kv_heads);
+  const int64_t runs = (problem.prefix + kPrefixKeys - 1) / kPrefixKeys;
+  torch::stable::parallel_for(0, problem.entries * problem.kv_heads * runs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t entry = n / runs / problem.kv_heads, first = n % runs * kPrefixKeys;
+      if (read[entry]) f(entry, n / runs % problem.kv_heads, first, std::min(first + kPrefixKeys, problem.prefix));
+    }
   });
+}
+
+// Runs f(head, split, first block, last block) for all items of [begin, end), an item being a head's share of a split;
+// each call's blocks are of one segment. While the heads' prefixes stay in the cache together, a segment's heads follow
+// each other, since their rows are neighbours in memory; else a head's segments do.
+template <typename F>
+void for_each_run(const Plan& plan, const Problem& problem, int64_t prefix_bytes, int64_t begin, int64_t end,
+                  const F& f) {
+  const int64_t heads = problem.kv_heads, splits = plan.splits();
+  const bool cached = heads * prefix_bytes <= kPrefixCacheBytes;
+  for (int64_t item = begin; item < end;) {
+    const int64_t split = cached ? item / heads : item % splits, head = cached ? item % heads : item / splits;
+    const int64_t stop = cached ? std::min(heads, head + end - item) : head + 1;
+    item += stop - head;
+    const Block* last = plan.blocks.data() + plan.cuts[split + 1];
+    for (const Block* run = plan.blocks.data() + plan.cuts[split]; run != last;) {
+      const Block* next = run;
+      while (next != last && next->segment == run->segment) ++next;
+      for (int64_t h = head; h < stop; ++h) f(h, split, run, next);
+      run = next;
+    }
+  }
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& key_, const Tensor& value_,
@@ -182,16 +213,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_, const Tensor& key_, con
     const int64_t prefix_size = kernels.packed_prefix_size(problem, false);
     const Buffer<A> packed = allocate<A>(problem.entries * problem.kv_heads * prefix_size);
     call.packed_prefix = packed.get();
-    if (problem.prefix)
-      for_each_prefix(plan, problem, false, [&](int64_t n, int64_t h) { kernels.pack_prefix_forward(call, n, h); });
+    for_each_prefix(plan, problem, false, [&](auto... which) { kernels.pack_prefix_forward(call, which...); });
     const int64_t splits = plan.splits();
     torch::stable::parallel_for(0, problem.kv_heads * splits, 1, [&](int64_t begin, int64_t end) {
       const Buffer<A> scratch = allocate<A>(kernels.scratch_size(problem, plan.longest, false));
-      for (int64_t item = begin; item < end; ++item) {
-        const Block* blocks = plan.blocks.data();
-        const int64_t* cut = plan.cuts.data() + item % splits;
-        kernels.forward(call, item / splits, blocks + cut[0], blocks + cut[1], scratch.get());
-      }
+      for_each_run(plan, problem, prefix_size * sizeof(A), begin, end,
+                   [&](int64_t head, int64_t, const Block* first, const Block* last) {
+                     kernels.forward(call, head, first, last, scratch.get());
+                   });
     });
   });
   return {out, lse};
@@ -203,7 +232,11 @@ class SharedSegments {
  public:
   template <typename T>
   SharedSegments(const Plan& plan, const Problem& problem, const Kernels<T, A>& kernels)
-      : splits_(plan.splits()), first_(splits_, -1), last_(splits_, -1) {
+      : splits_(plan.splits()),
+        first_(splits_, -1),
+        last_(splits_, -1),
+        first_segment_(splits_),
+        last_segment_(splits_) {
     const auto segment_at = [&](int64_t block) { return plan.blocks[block].segment; };
     const auto add = [&](int64_t segment) {
       const int64_t offset = size_;
@@ -215,6 +248,8 @@ class SharedSegments {
       const int64_t begin = plan.cuts[s], end = plan.cuts[s + 1];
       if (begin == end) continue;
       const int32_t head = segment_at(begin), tail = segment_at(end - 1);
+      first_segment_[s] = head;
+      last_segment_[s] = tail;
       if (begin > 0 && segment_at(begin - 1) == head) {
         first_[s] = add(head);
         parts_.back().offsets.push_back(first_[s]);  // the split before it has begun this segment
@@ -228,9 +263,11 @@ class SharedSegments {
     memory_.reset(allocate<A>(size_ * problem.kv_heads).release());
   }
 
-  Edges<A> edges(int64_t head, int64_t split) const {
-    const auto at = [&](int64_t offset) { return offset < 0 ? nullptr : memory_.get() + head * size_ + offset; };
-    return {at(first_[split]), at(last_[split])};
+  // Where a split leaves what it finds for a segment that others share; null for one that is all its own.
+  A* part(int64_t head, int64_t split, int64_t segment) const {
+    if (first_[split] >= 0 && segment == first_segment_[split]) return memory_.get() + head * size_ + first_[split];
+    if (last_[split] >= 0 && segment == last_segment_[split]) return memory_.get() + head * size_ + last_[split];
+    return nullptr;
   }
 
   // Runs f(segment, pointers to its parts in order) for each shared segment.
@@ -249,7 +286,7 @@ class SharedSegments {
     std::vector<int64_t> offsets;
   };
   int64_t splits_, size_ = 0;
-  std::vector<int64_t> first_, last_;
+  std::vector<int64_t> first_, last_, first_segment_, last_segment_;  // offsets and segments of each split's ends
   std::vector<Parts> parts_;
   Buffer<A> memory_{nullptr, &std::free};
 };
@@ -320,22 +357,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const int64_t prefixes = problem.entries * problem.kv_heads;
     const Buffer<A> packed = allocate<A>(prefixes * kernels.packed_prefix_size(problem, true));
     call.packed_prefix = packed.get();
-    if (problem.prefix)
-      for_each_prefix(plan, problem, false, [&](int64_t n, int64_t h) { kernels.pack_prefix_backward(call, n, h); });
+    for_each_prefix(plan, problem, false, [&](auto... which) { kernels.pack_prefix_backward(call, which...); });
+    const int64_t prefix_bytes =
+        (kernels.packed_prefix_size(problem, true) + 2 * kernels.prefix_sum_size(problem)) * sizeof(A);
     const bool prefix_needs = call.needs_prefix_key || call.needs_prefix_value;
     const int64_t sums = prefix_needs ? call.splits * prefixes * 2 * kernels.prefix_sum_size(problem) : 0;
     const Buffer<A> prefix_sums = allocate<A>(sums);
-    std::fill_n(prefix_sums.get(), sums, A(0));
+    torch::stable::parallel_for(0, sums, 1 << 16, [&](int64_t begin, int64_t end) {
+      std::fill(prefix_sums.get() + begin, prefix_sums.get() + end, A(0));
+    });
     call.prefix_sums = prefix_sums.get();
     const SharedSegments<A> shared(plan, problem, kernels);
     torch::stable::parallel_for(0, problem.kv_heads * call.splits, 1, [&](int64_t begin, int64_t end) {
       const Buffer<A> scratch = allocate<A>(kernels.scratch_size(problem, plan.longest, true));
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t head = item / call.splits, split = item % call.splits;
-        const Block* blocks = plan.blocks.data();
-        kernels.backward(call, head, split, blocks + plan.cuts[split], blocks + plan.cuts[split + 1],
-                         shared.edges(head, split), scratch.get());
-      }
+      for_each_run(plan, problem, prefix_bytes, begin, end,
+                   [&](int64_t head, int64_t split, const Block* first, const Block* last) {
+                     kernels.backward(call, head, split, first, last, shared.part(head, split, first->segment),
+                                      scratch.get());
+                   });
     });
     if (needs_key || needs_value)
       torch::stable::parallel_for(0, problem.kv_heads, 1, [&](int64_t begin, int64_t end) {
@@ -344,8 +383,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
             kernels.finish_segment(call, segment, head, parts.data(), static_cast<int64_t>(parts.size()));
           });
       });
-    if (prefix_needs && problem.prefix)
-      for_each_prefix(plan, problem, true, [&](int64_t n, int64_t h) { kernels.finish_prefix(call, n, h); });
+    if (prefix_needs)
+      for_each_prefix(plan, problem, true, [&](auto... which) { kernels.finish_prefix(call, which...); });
   });
   return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
 }

@@ -6,9 +6,11 @@
 
 namespace fastprompt::prefix_attention {
 
-constexpr int64_t kBlockRows = 48;         // rows (query rows times heads of a group) that a block holds at most
-constexpr int64_t kTileRows = 6;           // rows of a register tile
-constexpr int64_t kChunkElements = 16384;  // of a chunk of keys: 64 KB in float32, several of which stay in L2
+constexpr int64_t kBlockRows = 96;    // rows (query rows times heads of a group) that a block holds at most
+constexpr int64_t kPrefixKeys = 128;  // of a long prefix, packed and summed as one item of work
+constexpr int64_t kPrefixCacheBytes = 512 * 1024;  // what the prefixes of all heads may take to stay cached
+constexpr int64_t kTileRows = 6;                   // rows of a register tile
+constexpr int64_t kChunkElements = 16384;          // of a chunk of keys: 64 KB in float32, several of which stay in L2
 
 // Rows of one tensor for one (segment, head): element (i, d) is data[i * row + d].
 struct Segment {

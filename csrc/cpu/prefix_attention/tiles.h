@@ -64,6 +64,35 @@ inline A exp2_nonpositive_scalar(A x) {
   return exp2_nonpositive(V<A>{} + x)[0];
 }
 
+#if __has_builtin(__builtin_shufflevector)
+template <int Distance, typename X, size_t... K>
+inline X rotated(X x, std::index_sequence<K...>) {
+  return __builtin_shufflevector(x, x, ((K + Distance) % sizeof...(K))...);
+}
+#else
+template <int Distance, typename X, size_t... K>
+inline X rotated(X x, std::index_sequence<K...>) {
+  return X{x[(K + Distance) % sizeof...(K)]...};
+}
+#endif
+template <typename A, int Distance = kLanes<A> / 2>
+inline A sum_of(V<A> x) {
+  x += rotated<Distance>(x, std::make_index_sequence<kLanes<A>>());
+  if constexpr (Distance > 1)
+    return sum_of<A, Distance / 2>(x);
+  else
+    return x[0];
+}
+template <typename A, int Distance = kLanes<A> / 2>
+inline A greatest_of(V<A> x) {
+  const V<A> y = rotated<Distance>(x, std::make_index_sequence<kLanes<A>>());
+  x = x > y ? x : y;
+  if constexpr (Distance > 1)
+    return greatest_of<A, Distance / 2>(x);
+  else
+    return x[0];
+}
+
 // out(r, j) = sum_d a(r, d) b(j, d): H rows of column panels times one transposed panel; out has kPanel columns.
 template <int H, typename A>
 inline void multiply_transposed(const A* a, int64_t a_rows, const A* b, int64_t dim, A* out, int64_t out_stride) {
@@ -112,22 +141,22 @@ inline void multiply_add(const A* a, int64_t a_row, int64_t a_step, const A* b, 
   }
 }
 
-// Calls f<H>() with the number of rows as a constant.
-template <typename F>
-inline void with_rows(int64_t rows, const F& f) {
+// Calls F<rows>::run. (Not a lambda: GCC compiles one without the instruction set that a pragma selects.)
+template <template <int> class F, typename... Arguments>
+inline void with_rows(int64_t rows, Arguments... arguments) {
   switch (rows) {
     case 1:
-      return f.template operator()<1>();
+      return F<1>::run(arguments...);
     case 2:
-      return f.template operator()<2>();
+      return F<2>::run(arguments...);
     case 3:
-      return f.template operator()<3>();
+      return F<3>::run(arguments...);
     case 4:
-      return f.template operator()<4>();
+      return F<4>::run(arguments...);
     case 5:
-      return f.template operator()<5>();
+      return F<5>::run(arguments...);
     default:
-      return f.template operator()<6>();
+      return F<6>::run(arguments...);
   }
 }
 
@@ -142,6 +171,25 @@ inline V<float> load_as<float, float>(const float* from) {
   V<float> x;
   __builtin_memcpy(&x, from, sizeof(x));
   return x;
+}
+
+template <typename T, typename A>
+inline void store_as(T* to, V<A> x) {
+  for (int64_t k = 0; k < kLanes<A>; ++k) to[k] = static_cast<T>(x[k]);
+}
+template <>
+inline void store_as<float, float>(float* to, V<float> x) {
+  __builtin_memcpy(to, &x, sizeof(x));
+}
+
+template <typename T, typename A>
+inline A dot(const T* a, const T* b, int64_t dim) {
+  V<A> sum{};
+  int64_t d = 0;
+  for (; d + kLanes<A> <= dim; d += kLanes<A>) sum += load_as<T, A>(a + d) * load_as<T, A>(b + d);
+  A total = sum_of<A>(sum);
+  for (; d < dim; ++d) total += static_cast<A>(a[d]) * static_cast<A>(b[d]);
+  return total;
 }
 
 // Row r of column panels from a row of T, times a factor.
@@ -163,9 +211,15 @@ template <typename T, typename A>
 inline void unpack_row(const A* panels, int64_t rows, int64_t r, int64_t dim, T* to, A factor, bool add = false) {
   const A* from = panels + r * kPanel<A>;
   for (int64_t d = 0; d < dim; d += kPanel<A>, from += rows * kPanel<A>) {
-    const int64_t count = dim - d < kPanel<A> ? dim - d : kPanel<A>;
-    for (int64_t k = 0; k < count; ++k)
-      to[d + k] = static_cast<T>(add ? static_cast<A>(to[d + k]) + from[k] * factor : from[k] * factor);
+    if (dim - d >= kPanel<A>) {
+      for (int64_t half = 0; half < kPanel<A>; half += kLanes<A>) {
+        const V<A> x = vec(from + half) * factor;
+        store_as<T, A>(to + d + half, add ? load_as<T, A>(to + d + half) + x : x);
+      }
+    } else {
+      for (int64_t k = 0; k < dim - d; ++k)
+        to[d + k] = static_cast<T>(add ? static_cast<A>(to[d + k]) + from[k] * factor : from[k] * factor);
+    }
   }
 }
 
@@ -211,13 +265,15 @@ inline void pack_transposed(const T* from, int64_t stride, int64_t count, int64_
       const T* rows = from + (j + half) * stride;
       const int64_t there = count - j - half;
       int64_t d = 0;
-      for (; d + kLanes<A> <= dim; d += kLanes<A>) {
-        V<A> x[kLanes<A>];
+      if (there >= kLanes<A>) {
+        for (; d + kLanes<A> <= dim; d += kLanes<A>) {
+          V<A> x[kLanes<A>];
 #pragma GCC unroll 16
-        for (int64_t k = 0; k < kLanes<A>; ++k) x[k] = k < there ? load_as<T, A>(rows + k * stride + d) : V<A>{};
-        transpose<A>(x);
+          for (int64_t k = 0; k < kLanes<A>; ++k) x[k] = load_as<T, A>(rows + k * stride + d);
+          transpose<A>(x);
 #pragma GCC unroll 16
-        for (int64_t k = 0; k < kLanes<A>; ++k) vec(to + (d + k) * kPanel<A> + half) = x[k];
+          for (int64_t k = 0; k < kLanes<A>; ++k) vec(to + (d + k) * kPanel<A> + half) = x[k];
+        }
       }
       for (; d < dim; ++d)
         for (int64_t k = 0; k < kLanes<A>; ++k)

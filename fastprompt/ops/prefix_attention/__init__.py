@@ -71,7 +71,10 @@ def prefix_attention(
     """
     if prompt_rows:
         prefix_key, prefix_value = _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_causal)
-    _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows)
+    elif prefix_key is None or prefix_value is None:
+        raise ValueError("prefix_key and prefix_value must be given, or prompt_rows, got None and 0")
+    backend = _choose(backend, query, softcap, dropout_p)
+    _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, backend != "native")
     if window is not None and window < (1 if is_causal else 0):
         raise ValueError(f"window must be at least {1 if is_causal else 0}, got {window}")
     if softcap is not None and not softcap > 0:
@@ -79,7 +82,6 @@ def prefix_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = _choose(backend, query, softcap, dropout_p)
     options = is_causal, scale, window, softcap, prefix_in_window, dropout_p
     if backend == "native":
         result = native.prefix_attention(
@@ -99,13 +101,15 @@ def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p
     plain_cpu = on_cpu and softcap is None and dropout_p == 0
     if backend is None:
         if plain_cpu:
-            return "native" if _native.available("cpu") else "cpu"
+            return "native" if _native.available("cpu") and query.dtype != torch.float16 else "cpu"
         return "triton" if query.device.type == "cuda" and _why_not_triton(query) is None else "reference"
     if backend in ("native", "cpu") and not plain_cpu:
         raise ValueError(
             f"backend {backend!r} needs tensors on the CPU, no softcap and no dropout, "
             f"got {query.device}, softcap={softcap}, dropout_p={dropout_p}"
         )
+    if backend == "native" and query.dtype == torch.float16:
+        raise ValueError("backend 'native' needs float32, float64 or bfloat16, got torch.float16")
     if backend == "native" and not _native.available("cpu"):
         raise ValueError(f"backend 'native' is not available: {_native.why_not('cpu')}")
     if backend == "triton" and (reason := _why_not_triton(query)):
@@ -166,7 +170,7 @@ def _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_cau
     return nothing, nothing
 
 
-def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows) -> None:
+def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, read) -> None:
     named = {"key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
     if query.ndim != 3 or not query.is_floating_point():
         raise ValueError(f"query must be (T, H, D), floating point, got {tuple(query.shape)}, {query.dtype}")
@@ -191,7 +195,7 @@ def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
             )
     if entries == 0:
         raise ValueError("prefix_key must hold at least one prefix (of length 0 if need be), got a bank of none")
-    segments = check_cu_seqlens(cu_seqlens, rows - prompt_rows)
+    segments = check_cu_seqlens(cu_seqlens, rows - prompt_rows, read)
     if cu_seqlens.device != query.device:
         raise ValueError(f"cu_seqlens must be on {query.device}, where query is, got {cu_seqlens.device}")
     if prefix_index is None:
@@ -200,4 +204,4 @@ def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
         raise ValueError(f"prefix_index must be ({segments},), one a segment, got {tuple(prefix_index.shape)}")
     if prefix_index.device != query.device:
         raise ValueError(f"prefix_index must be on {query.device}, where query is, got {prefix_index.device}")
-    check_indices(prefix_index, entries, "prefix_index")
+    check_indices(prefix_index, entries, "prefix_index", read)
