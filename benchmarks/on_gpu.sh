@@ -34,8 +34,10 @@ build() {
   part gpu nvidia-smi
 }
 
-tests() {
-  part test "${PYTEST[@]}" tests/ops --junitxml="$OUT/test.xml" # the operators on the GPU, and on its CPU
+tests() { # the operators on the GPU, and on its CPU
+  local triton=tests/ops/test_prefix_attention_triton.py
+  part test "${PYTEST[@]}" tests/ops --ignore="$triton" --junitxml="$OUT/test.xml"
+  part test_triton "${PYTEST[@]}" "$triton" --junitxml="$OUT/test_triton.xml" # apart: it compiles its kernels
 }
 
 sanitize() {
@@ -43,6 +45,8 @@ sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize compute-sanitizer --tool memcheck --error-exitcode 1 \
     --target-processes all "${PYTEST[@]}" tests/ops/test_pack_prompt.py -m gpu \
     -k "native and (test_every_dtype or test_non_contiguous)"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize_triton compute-sanitizer --tool memcheck --error-exitcode 1 \
+    --target-processes all "${PYTEST[@]}" tests/ops/test_prefix_attention_triton.py -k test_every_subset_of_requires_grad
 }
 
 bench() {
