@@ -92,6 +92,13 @@ def test_bad_prompt_rows(change, message):
         prefix_attention(**(arguments | {"is_causal": True, "prompt_rows": 3} | change))
 
 
+@pytest.mark.parametrize("shape", [(3, 0, 8), (3, 2, 0)], ids=str)
+def test_no_heads_or_features(shape):
+    rows, prefix = torch.randn(3, *shape), torch.randn(2, 1, *shape)
+    with pytest.raises(ValueError, match=r"query must be \(T, H, D\) with H and D at least 1"):
+        prefix_attention(*rows, *prefix, bounds([3]))
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("lengths", [[201], [90, 0, 133, 2], [5] * 11], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])

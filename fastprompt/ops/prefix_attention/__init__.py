@@ -172,8 +172,10 @@ def _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_cau
 
 def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, read) -> None:
     named = {"key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
-    if query.ndim != 3 or not query.is_floating_point():
-        raise ValueError(f"query must be (T, H, D), floating point, got {tuple(query.shape)}, {query.dtype}")
+    if query.ndim != 3 or 0 in query.shape[1:] or not query.is_floating_point():
+        raise ValueError(
+            f"query must be (T, H, D) with H and D at least 1, floating point, got {tuple(query.shape)}, {query.dtype}"
+        )
     rows, heads, features = query.shape
     if key.ndim != 3 or prefix_key.ndim != 4:
         raise ValueError(
