@@ -12,7 +12,11 @@ from fastprompt._extras import require
 try:
     typer = require("typer", "train")
 except ImportError as error:  # the console script exists without the extra, too
-    sys.exit(f"fastprompt: {error}")
+    if sys.argv[1:] != ["info"]:
+        sys.exit(f"fastprompt: {error}")
+    from fastprompt.info import describe
+
+    sys.exit(describe())
 Option = typer.Option
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Soft prompts and prefix tuning, made cheap.")

@@ -34,6 +34,15 @@ def test_info():
     assert "native libraries" in done.stdout and "prefix_attention" in done.stdout
 
 
+def test_without_the_extra():
+    """A plain install has no typer: info works all the same, the rest says what to install."""
+    program = "import sys, runpy; sys.modules['typer'] = None; sys.argv = ['fastprompt', *sys.argv[1:]]; "
+    program += "runpy.run_module('fastprompt.cli', run_name='__main__')"
+    for command, code, said in (("info", 0, "native libraries"), ("train", 1, r"pip install 'fastprompt\[train\]'")):
+        done = subprocess.run([sys.executable, "-c", program, command], capture_output=True, text=True)
+        assert done.returncode == code and re.search(said, done.stdout + done.stderr), done.stderr
+
+
 def test_train_and_evaluate(files):
     common = ["--backbone", "backbone", "--parallel", "pairs.tsv"]
     done = call("train", *common, "--out", "run", *SMALL, "--prefix-text", "w0 ", "--distance", "infonce")
