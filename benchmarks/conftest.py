@@ -1,6 +1,7 @@
 """What a result file tells of where it was measured: hardware and versions, no names of machines or people."""
 
 import platform
+import statistics
 
 import torch
 
@@ -24,3 +25,18 @@ def pytest_benchmark_update_json(config, benchmarks: list, output_json: dict) ->
     output_json["commit_info"] = {"id": output_json.get("commit_info", {}).get("id")}
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
+    output_json["summary"] = summary(output_json["benchmarks"])
+    print(f"\n{output_json['summary']}")
+
+
+def summary(benchmarks: list[dict]) -> dict[str, dict[str, float]]:
+    """Geometric mean, least and most over the shapes of prefix_attention: of each ratio, and of its useful GFLOP/s."""
+    values: dict[str, list[float]] = {}
+    for info in (benchmark["extra_info"] for benchmark in benchmarks if "ratios" in benchmark["extra_info"]):
+        scalars = {name: info[name] for name in ("best_rival_over_ours", "useful_gflops")}
+        for name, value in (info["ratios"] | scalars).items():
+            values.setdefault(name, []).append(value)
+    return {
+        name: {"mean": statistics.geometric_mean(each), "least": min(each), "most": max(each)}
+        for name, each in values.items()
+    }

@@ -13,8 +13,6 @@ until training ends), "steps" and "scores": retrieval "without" and "with" the p
 import argparse
 import json
 import random
-import re
-import statistics
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastprompt._extras import require
+from fastprompt._measure import peak_memory_mb, seconds_per_step
 from fastprompt.tasks.parallel import Pair, read_pairs
 from fastprompt.tasks.retrieval import retrieval_scores
 
-WARMUP_STEPS = 3  # left out of the median: allocator and thread pools are still settling
 MAX_LENGTH = 256  # tokens of a sentence
 
 
@@ -61,12 +59,6 @@ def alignment_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tens
     logits, own = cosine / temperature, torch.arange(len(cosine))
     contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     return contrastive + (1 - cosine.diagonal()).mean()
-
-
-def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in MiB."""
-    # Not getrusage: its figure is inherited from the process that started this one.
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def run(
@@ -119,7 +111,7 @@ def run(
                 raise FloatingPointError(f"the loss is {loss.item()} at step {len(seconds)}")
 
     result = {
-        "seconds_per_step": statistics.median(seconds[WARMUP_STEPS:] or seconds),
+        "seconds_per_step": seconds_per_step(seconds),
         "peak_memory_mb": peak_memory_mb(),  # before scoring, which is no part of the job
         "steps": len(seconds),
     }

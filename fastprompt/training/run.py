@@ -2,19 +2,17 @@
 
 import dataclasses
 import json
-import re
-import statistics
 from pathlib import Path
 
 import torch
 
 from fastprompt._extras import require
 from fastprompt._files import write_aside, write_text
+from fastprompt._measure import peak_memory_mb, seconds_per_step
 
 from .config import TrainingConfig
 
 RUN, STATE, METRICS, CURVES, SUMMARY = "run.json", "training_state.pt", "metrics.jsonl", "curves.png", "summary.json"
-WARMUP_STEPS = 3  # left out of the time of a step: allocator and thread pools are still settling
 
 
 class Run:
@@ -71,11 +69,10 @@ class Run:
 
     def summarise(self) -> dict:
         """Write and return steps, last loss, median seconds of a step, and this process's peak memory in MiB."""
-        seconds = [record["seconds"] for record in self.records]
         summary = {
             "steps": len(self.records),
             "loss": self.records[-1]["loss"],
-            "seconds_per_step": statistics.median(seconds[WARMUP_STEPS:] or seconds),
+            "seconds_per_step": seconds_per_step([record["seconds"] for record in self.records]),
             "peak_memory_mb": peak_memory_mb(),
         }
         write_text(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -108,14 +105,6 @@ def read_run(folder: Path) -> dict | None:
         return None
     about = json.loads(file.read_text(encoding="utf-8"))
     return {"config": TrainingConfig(**about["config"]), "labels": about["labels"]}
-
-
-def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in MiB; NaN where /proc does not tell."""
-    # Not getrusage: its figure is inherited from the process that started this one.
-    status = Path("/proc/self/status")
-    found = status.is_file() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-    return int(found[1]) / 1024 if found else float("nan")
 
 
 def _plain(config: dict) -> dict:

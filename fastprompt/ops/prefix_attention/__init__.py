@@ -15,6 +15,8 @@ if _native.available("cpu"):
 
 __all__ = ["prefix_attention"]
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
+
 
 def prefix_attention(
     query: Tensor,
@@ -113,22 +115,18 @@ def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p
     if backend == "native" and not _native.available("cpu"):
         raise ValueError(f"backend 'native' is not available: {_native.why_not('cpu')}")
     if backend == "triton" and (reason := _why_not_triton(query)):
-        raise ValueError(f"backend 'triton' is not available: {reason}")
+        raise ValueError(f"backend 'triton' {reason}")
     if backend not in ("native", "triton", "cpu", "reference"):
         raise ValueError(f"backend must be None, 'native', 'triton', 'cpu' or 'reference', got {backend!r}")
     return backend
 
 
 def _why_not_triton(query: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
     from . import triton
 
-    if query.device.type != "cuda" and not triton.INTERPRETED:
-        return f"it needs a GPU (or TRITON_INTERPRET=1), got tensors on {query.device}"
-    if query.dtype not in triton.DTYPES or query.shape[-1] > triton.LARGEST_HEAD:
-        return f"it needs {triton.DTYPES} and D <= {triton.LARGEST_HEAD}, got {query.dtype} and D = {query.shape[-1]}"
-    return None
+    return triton.why_not(query)
 
 
 def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options):

@@ -283,6 +283,17 @@ def _backward_formula(ctx, grad_out, grad_lse):
 _prefix_attention.register_autograd(_backward_formula, setup_context=_setup_context)
 
 
+def why_not(query: Tensor) -> str | None:
+    """What keeps these kernels from such a query; None if nothing does."""
+    if query.dtype not in DTYPES:
+        return f"computes in float32, bfloat16 or float16, got {query.dtype}"
+    if query.shape[-1] > LARGEST_HEAD:
+        return f"takes heads of at most {LARGEST_HEAD} features, got {query.shape[-1]}"
+    if query.device.type == "cpu" and not INTERPRETED:
+        return "needs tensors on a GPU (or TRITON_INTERPRET=1 in the environment)"
+    return None
+
+
 def prefix_attention(
     query: Tensor,
     key: Tensor,
@@ -299,12 +310,8 @@ def prefix_attention(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and log-sum-exp (T, H), which is not differentiable; arguments as of ops.prefix_attention."""
-    if query.dtype not in DTYPES:
-        raise ValueError(f"backend 'triton' computes in float32, bfloat16 or float16, got {query.dtype}")
-    if query.shape[-1] > LARGEST_HEAD:
-        raise ValueError(f"backend 'triton' takes heads of at most {LARGEST_HEAD} features, got {query.shape[-1]}")
-    if query.device.type == "cpu" and not INTERPRETED:
-        raise ValueError("backend 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1 in the environment)")
+    if reason := why_not(query):
+        raise ValueError(f"backend 'triton' {reason}")
     seed = None
     if dropout_p > 0:  # drawn on the device, which nobody then waits for: a graph that is replayed draws anew
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
