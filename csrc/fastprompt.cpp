@@ -17,4 +17,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, library) {
       "Tensor prefix_value, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor? prefix_index, SymInt prompt_rows, "
       "bool is_causal, float scale, SymInt window, bool prefix_in_window, bool needs_query, bool needs_key, "
       "bool needs_value, bool needs_prefix_key, bool needs_prefix_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "alignment_loss(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor? row_weight, "
+      "Tensor? row_grad, SymInt normalize, SymInt distances, float temperature, SymInt reduction, bool needs_student, "
+      "bool needs_teacher, bool needs_weight, bool needs_bias, bool needs_row_weight) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastprompt import _native
 from fastprompt.ops import alignment_loss
 
-BACKENDS = [None, "reference"]  # every test runs on each of them
+BACKENDS = [None, "native", "reference"]  # every test runs on each of them
 NORMALIZATIONS = ["l2", "layer", "none"]
 DISTANCES = ["cosine", "mse", "smooth_l1", "infonce", "infonce+cosine", "cosine+mse+smooth_l1"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -315,17 +316,40 @@ def test_gradcheck(backend, device, normalize, distance, reduction):
     assert torch.autograd.gradcheck(run, tuple(args.values()))
 
 
+@pytest.mark.skipif(not _native.available("cpu"), reason="needs the native library")
 @pytest.mark.parametrize(
-    "optional, dtype, names",
+    "optional, dtype, options",
     [
-        (True, torch.float32, ("l2", "infonce+cosine", 0.7, "mean")),
-        (True, torch.bfloat16, ("layer", "mse", 0.05, "none")),
-        (False, torch.float32, ("none", "smooth_l1", 0.05, "sum")),
+        (True, torch.float32, (0, 9, 0.7, 2)),  # l2, infonce+cosine, mean
+        (True, torch.bfloat16, (1, 2, 0.05, 0)),  # layer, mse, none
+        (False, torch.float32, (2, 4, 0.05, 1)),  # none, smooth_l1, sum
     ],
 )
-def test_opcheck(device, optional, dtype, names):
-    args = inputs(5, 4, 3, bias=optional, row_weight=optional, dtype=dtype, device=device)
-    torch.library.opcheck(torch.ops.fastprompt.alignment_loss.default, (*args.values(), *names))
+def test_opcheck(optional, dtype, options):
+    args = inputs(5, 4, 3, bias=optional, row_weight=optional, dtype=dtype)
+    if optional:
+        args["row_weight"] = args["row_weight"].detach().float().requires_grad_()
+    at_once = [x is not None and options[-1] != 0 for x in args.values()]
+    torch.library.opcheck(torch.ops.fastprompt.alignment_loss.default, (*args.values(), None, *options, *at_once))
+
+
+def test_no_second_derivative(backend):
+    if backend == "reference":
+        pytest.skip("plain PyTorch")
+    args = inputs(5, 4, 3)
+    for reduction in "mean", "none":
+        loss = alignment_loss(**args, reduction=reduction, backend=backend).sum()
+        (grad,) = torch.autograd.grad(loss, args["student"], create_graph=True)
+        with pytest.raises(RuntimeError, match="alignment_loss has no second derivative"):
+            grad.sum().backward()
+
+
+def test_a_loss_that_is_scaled_and_differentiated_again(backend):
+    args = inputs(5, 4, 3)
+    loss = alignment_loss(**args, distance="infonce+mse", backend=backend)
+    first, second = (torch.autograd.grad(loss * c, args["student"], retain_graph=True)[0] for c in (1.0, -2.5))
+    torch.testing.assert_close(second, -2.5 * first)
+    assert torch.equal(torch.autograd.grad(loss, args["student"])[0], first)  # what was handed out was not changed
 
 
 @pytest.mark.parametrize("dynamic, dtype", [(False, torch.float64), (True, torch.bfloat16)])

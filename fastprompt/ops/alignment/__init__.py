@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
+from fastprompt import _native
+
 from . import reference
+
+if _native.available("cpu"):
+    from . import native
 
 __all__ = ["alignment_loss"]
 
@@ -11,12 +16,7 @@ NORMALIZATIONS = ("l2", "layer", "none")
 DISTANCES = ("cosine", "mse", "smooth_l1", "infonce")
 REDUCTIONS = ("mean", "sum", "none")
 
-_library = torch.library.Library("fastprompt", "FRAGMENT")
-_library.define(
-    "alignment_loss(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor? row_weight, "
-    "str normalize, str distance, float temperature, str reduction) -> Tensor"
-)
-_library.impl("alignment_loss", reference.alignment_loss, "CompositeImplicitAutograd")
+BACKENDS = ("native", "reference")
 
 
 def alignment_loss(
@@ -51,7 +51,7 @@ def alignment_loss(
             over both directions), or several joined by "+", whose losses are added.
         temperature: of "infonce"; None is 0.05.
         reduction: "mean" (weighted sum over the sum of weights; 0 if all weights are 0), "sum" (weighted), or "none".
-        backend: None or "reference".
+        backend: None chooses; "native" (C++, CPU only; loss and gradients in one pass) or "reference".
 
     Returns:
         A scalar, or (N,) weighted rows for reduction "none"; float32, or float64 for float64 inputs.
@@ -95,11 +95,21 @@ def alignment_loss(
     temperature = 0.05 if temperature is None else float(temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if backend not in (None, "reference"):
-        raise ValueError(f"backend must be None or 'reference', got {backend!r}")
-    return torch.ops.fastprompt.alignment_loss(
-        student, teacher, weight, bias, row_weight, normalize, distance, temperature, reduction
-    )
+    run = native.alignment_loss if _choose(backend, student) == "native" else reference.alignment_loss
+    return run(student, teacher, weight, bias, row_weight, normalize, distance, temperature, reduction)
+
+
+def _choose(backend: str | None, student: Tensor) -> str:
+    """The backend that runs: the fastest that can, or the one asked for."""
+    native_fits = student.device.type == "cpu" and _native.available("cpu")
+    if backend is None:
+        return "native" if native_fits else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    if backend == "native" and not native_fits:
+        reason = _native.why_not("cpu") or f"needs tensors on the CPU, got {student.device}"
+        raise ValueError(f"backend 'native' is not available: {reason}")
+    return backend
 
 
 def check_distance(distance: str) -> None:

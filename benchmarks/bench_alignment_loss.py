@@ -1,0 +1,125 @@
+"""alignment_loss, forward and backward, against well-written eager PyTorch and `torch.compile` of it.
+
+    python -m pytest benchmarks/bench_alignment_loss.py --benchmark-enable --benchmark-json=alignment.json
+
+Student vectors and projection are trained, the teacher is frozen. Gradients are checked against float64, then the ways
+take turns. On the CPU the peak of memory beyond inputs and gradients comes from a process of its own each.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timing import in_turns, matrix_rate, ratio
+
+from fastprompt.ops import alignment_loss
+
+SHAPES = [("cosine", rows, size) for size in (384, 768, 1024) for rows in (16, 64, 256, 4096, 16384)]
+SHAPES += [("infonce", rows, size) for size in (384, 768) for rows in (16, 64, 256, 4096, 8192)]
+SHAPES += [("infonce+cosine", 64, 384), ("smooth_l1", 4096, 768)]
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
+
+
+def eager(student, teacher, weight, distance):
+    u, v = F.normalize(F.linear(student, weight), dim=-1), F.normalize(teacher, dim=-1)
+    loss = 0
+    for name in distance.split("+"):
+        if name == "cosine":
+            loss = loss + 1 - (u * v).sum(-1).mean()
+        elif name == "smooth_l1":
+            loss = loss + F.smooth_l1_loss(u, v)
+        else:
+            similarity, partner = u @ v.T / 0.05, torch.arange(len(u), device=u.device)
+            loss = loss + (F.cross_entropy(similarity, partner) + F.cross_entropy(similarity.T, partner)) / 2
+    return loss
+
+
+def ours(student, teacher, weight, distance):
+    return alignment_loss(student, teacher, weight, distance=distance)
+
+
+def inputs(rows: int, size: int, device: str, dtype: torch.dtype):
+    torch.manual_seed(0)
+    student = torch.randn(rows, size, device=device, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(rows, size, device=device, dtype=dtype)
+    weight = (torch.randn(size, size, device=device) / size**0.5).to(dtype).requires_grad_()
+    return student, teacher, weight
+
+
+def step(way, tensors, distance):
+    return torch.autograd.grad(way(*tensors, distance), (tensors[0], tensors[2]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}-N{0[1]}-D{0[2]}".format)
+def test_alignment_loss(benchmark, shape, device):
+    distance, rows, size = shape
+    tensors = inputs(rows, size, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    torch.compiler.reset()
+    forwards = {"ours": ours, "eager": eager, "compiled": torch.compile(eager)}
+    if rows <= 4096:
+        check(forwards, tensors, distance)
+    ways = {name: lambda way=way: step(way, tensors, distance) for name, way in forwards.items()}
+    turns = max(7, min(201, 200_000 // rows))
+    seconds = in_turns(ways, turns, device)
+    mine = seconds.pop("ours")
+    benchmark.extra_info |= {
+        "ratios": {name: ratio(theirs, mine) for name, theirs in seconds.items()},
+        "microseconds": statistics.median(mine) * 1e6,
+        "useful_gflops": flops(*shape) / statistics.median(mine) / 1e9,
+        "matrix_gflops": matrix_rate(device, dtype=tensors[0].dtype) / 1e9,
+    }
+    if device == "cpu" and rows >= 4096:
+        benchmark.extra_info["peak_mib"] = {name: peak_mib(name, *shape) for name in ("ours", "eager")}
+    print("", {name: value for name, value in benchmark.extra_info.items()})
+    benchmark.pedantic(ways["ours"], rounds=3)
+
+
+def flops(distance: str, rows: int, size: int) -> int:
+    """What must be done: three products with the projection and, the teacher being frozen, two with the similarities."""
+    return 6 * rows * size * size + ("infonce" in distance) * 4 * rows * rows * size
+
+
+def check(forwards, tensors, distance) -> None:
+    """Each way's gradients against float64, or the shape has no time."""
+    exact = step(eager, [x.detach().double().requires_grad_(x.requires_grad) for x in tensors], distance)
+    tolerance = 1e-5 if tensors[0].dtype == torch.float32 else 3e-2
+    for name, way in forwards.items():
+        for got, want in zip(step(way, tensors, distance), exact, strict=True):
+            error = (got.double() - want).abs().max() / want.abs().max()
+            assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def peak_mib(way: str, *shape) -> float:
+    """High-water mark of a process that does one step, beyond what it held before and the gradients it returns."""
+    # Memory from mmap goes back when it is freed: the mark then is what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, json.dumps([way, *shape])]
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def _resident(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def _main() -> None:
+    name, distance, rows, size = json.loads(sys.argv[1])
+    way = {"ours": ours, "eager": eager}[name]
+    step(way, inputs(64, size, "cpu", torch.float32), distance)  # what is set up once
+    tensors = inputs(rows, size, "cpu", torch.float32)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew
+    gradients = step(way, tensors, distance)
+    print(_resident("VmHWM") - before - sum(x.numel() for x in gradients) * 4 / 2**20)
+
+
+if __name__ == "__main__":
+    _main()
