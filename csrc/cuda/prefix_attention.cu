@@ -19,7 +19,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLargestHead = 128, kMaxSplits = 32, kPrefixSumsBytes = int64_t{64} << 20;
+constexpr int64_t kLargestHead = 128;
+// Of the backward with a prefix's gradient: enough blocks for the largest GPUs, and the room that their sums may take.
+constexpr int64_t kMostBlocks = 512, kMostSumsBytes = int64_t{64} << 20;
 constexpr unsigned kSumThreads = 256;
 
 // As the kernels read: rows of 16-byte vectors.
@@ -161,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   int64_t splits = problem.segments;
   if (needs_prefix) {
     const int64_t bytes = (needs_prefix_key + needs_prefix_value) * prefix_count * int64_t{sizeof(float)};
-    splits = std::clamp<int64_t>(std::min(splits, kPrefixSumsBytes / bytes), 1, kMaxSplits);
+    splits = std::max<int64_t>(1, std::min({splits, kMostBlocks / problem.kv_heads, kMostSumsBytes / bytes}));
   }
   if (splits == 0) return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
   const auto sums = [&](bool wanted) {

@@ -170,8 +170,8 @@ inline void run_block(bool reversed) {
   } while (release(0, machine.count, State::at_block_barrier));
   for (int i = 0; i < machine.count; ++i)
     if (machine.threads[i].state != State::done)
-      machine.failure = "a thread waits for others that do not come, in line " +
-                        std::to_string(machine.threads[i].where.line());
+      machine.failure =
+          "a thread waits for others that do not come, in line " + std::to_string(machine.threads[i].where.line());
 }
 
 inline bool run_grid(dim3 blocks, dim3 threads, size_t shared_bytes, std::function<void()> kernel) {

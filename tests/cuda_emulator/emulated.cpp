@@ -35,27 +35,50 @@ inline int lane() { return emulator::machine.current % emulator::kWarpSize; }
 
 inline void* shared_memory() { return emulator::machine.shared_end - emulator::machine.shared_bytes; }
 
-struct Row {
-  const uint16_t* elements;
-};
+inline void check_shared(const void* pointer) {
+  const size_t distance = emulator::machine.shared_end - static_cast<const char*>(pointer);
+  if (distance < 16 || distance > emulator::machine.shared_bytes || reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
+    emulator::fail("an access of 16 bytes is misaligned, or outside of shared memory");
+}
 
-inline const Row* exchange_rows(const void* row, const Location& where) {
-  const size_t distance = emulator::machine.shared_end - static_cast<const char*>(row);
-  if (distance < 16 || distance > emulator::machine.shared_bytes || reinterpret_cast<uintptr_t>(row) % 16 != 0)
-    emulator::fail("a matrix's row is misaligned, or outside of shared memory");
-  return emulator::exchange(Row{static_cast<const uint16_t*>(row)}, where);
+// Copies arrive as late as they may: when they are waited for.
+struct Copy {
+  void* to;
+  const void* from;
+};
+inline std::vector<Copy> copies[emulator::kMaxThreads];
+
+inline void begin_copy(void* to, const void* from, bool there) {
+  static const char zeros[16] = {};
+  check_shared(to);
+  if (there && reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("a copy is misaligned");
+  std::vector<Copy>& mine = copies[emulator::machine.current];
+  if (std::ranges::any_of(mine, [=](const Copy& copy) { return copy.to == to; })) emulator::fail("copies collide");
+  mine.push_back({to, there ? from : zeros});
+}
+
+inline void wait_for_copies() {
+  for (const Copy& copy : copies[emulator::machine.current]) std::memcpy(copy.to, copy.from, 16);
+  copies[emulator::machine.current].clear();
+}
+
+using Elements = const uint16_t*;
+
+inline const Elements* exchange_rows(const void* row, const Location& where) {
+  check_shared(row);
+  return emulator::exchange(static_cast<Elements>(row), where);
 }
 
 inline void load_matrices(uint32_t (&out)[4], const void* row, const Location& where = Location::current()) {
-  const Row* rows = exchange_rows(row, where);
-  for (int i = 0; i < 4; ++i) std::memcpy(&out[i], rows[8 * i + lane() / 4].elements + lane() % 4 * 2, 4);
+  const Elements* rows = exchange_rows(row, where);
+  for (int i = 0; i < 4; ++i) std::memcpy(&out[i], rows[8 * i + lane() / 4] + lane() % 4 * 2, 4);
 }
 
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row, const Location& where = Location::current()) {
-  const Row* rows = exchange_rows(row, where);
+  const Elements* rows = exchange_rows(row, where);
   for (int i = 0; i < 4; ++i) {
-    const Row* first = rows + 8 * i + lane() % 4 * 2;
-    out[i] = first[0].elements[lane() / 4] | uint32_t{first[1].elements[lane() / 4]} << 16;
+    const Elements* first = rows + 8 * i + lane() % 4 * 2;
+    out[i] = first[0][lane() / 4] | uint32_t{first[1][lane() / 4]} << 16;
   }
 }
 

@@ -1,12 +1,14 @@
 """The CUDA C++ kernels of prefix_attention: on a GPU where there is one, and everywhere in tests/cuda_emulator."""
 
+import functools
 import itertools
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from emulated import load_emulated
-from test_prefix_attention import MASKS, NAMES, check, gradients, inputs
+from test_prefix_attention import MASKS, NAMES, check, inputs
 
 from fastprompt import _native
 from fastprompt.ops import prefix_attention
@@ -25,20 +27,26 @@ CASES = [
     (lengths, mask, *map(RNG.choice, REST), DTYPES[n % 2])
     for n, (lengths, mask) in enumerate(itertools.product(LENGTHS, MASKS))
 ]
+LAYOUTS = {
+    "as they are": lambda x: x,
+    "features last but one": lambda x: x.mT.contiguous().mT,
+    "rows unaligned": lambda x: F.pad(x, (0, 1))[..., :-1],
+    "start unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "among NaN": lambda x: F.pad(x, (0, 16, 1, 1, 3, 9), value=torch.nan)[..., 3:-9, 1:-1, :-16],
+}
 
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
-def where(request, monkeypatch):
-    """The device whose tensors the kernels take, with prefix_attention(backend="native") set to run them."""
+def device(request, monkeypatch):
+    """Where tensors lie for `run` to take them to the kernels."""
     if request.param == "emulator":
         emulated = load_emulated()
         monkeypatch.setattr(native, "_forward", emulated.prefix_attention.default)
         monkeypatch.setattr(native, "_backward", emulated.prefix_attention_backward.default)
-        yield "cpu"
-    else:
-        if not _native.available("cuda"):
-            pytest.skip(_native.why_not("cuda"))
-        yield "cuda"
+        return "cpu"
+    if not _native.available("cuda"):
+        pytest.skip(_native.why_not("cuda"))
+    return "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -51,22 +59,96 @@ def setting():
     torch.use_deterministic_algorithms(was)
 
 
-def run(*tensors, prefix_index=None, is_causal=False, scale=None, window=None, prefix_in_window=False, **kwargs):
-    """prefix_attention without its choice of backend, which has no float16 on the CPU."""
-    args = dict(zip((*NAMES, "cu_seqlens"), tensors, strict=False)) | kwargs
-    scale = args["query"].shape[-1] ** -0.5 if scale is None else scale
-    tensors = (among_nan(args[name]) for name in NAMES)
-    out, lse = native.prefix_attention(
-        *(*tensors, args["cu_seqlens"], prefix_index, is_causal, scale, window, prefix_in_window)
-    )
-    return (out, lse) if kwargs.get("return_lse") else out
-
-
-def among_nan(x):
-    """x between rows of NaN, which a step out of bounds would read."""
-    return torch.nn.functional.pad(x, (0, 16, 0, 1, 3, 9), value=torch.nan)[..., 3:-9 or None, :-1, :-16]
+def run(layout=LAYOUTS["as they are"], return_lse=True, backend=None, **args):
+    """prefix_attention through csrc/cuda/: past the choice of backend, which on the CPU has other kernels."""
+    tensors = [layout(args[name]) for name in NAMES]
+    scale = tensors[0].shape[-1] ** -0.5 if args.get("scale") is None else args["scale"]
+    options = args.get("is_causal", False), scale, args.get("window"), args.get("prefix_in_window", False)
+    return native.prefix_attention(*tensors, args["cu_seqlens"], args["prefix_index"], *options)
 
 
 @pytest.mark.parametrize("lengths, mask, prefix, features, heads, index, dtype", CASES)
-def test_values_and_gradients(where, lengths, mask, prefix, features, heads, index, dtype):
-    check(inputs(lengths, prefix, features, heads, index=index, device=where, dtype=dtype), run=run, **mask)
+def test_values_and_gradients(device, lengths, mask, prefix, features, heads, index, dtype):
+    args = inputs(lengths, prefix, features, heads, index=index, device=device, dtype=dtype)
+    check(args, run=functools.partial(run, LAYOUTS["among NaN"]), **mask)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("scale", [-0.7, 30.0])
+def test_layouts_and_scales(device, layout, scale):
+    args = inputs([20, 3], 17, 16, (4, 2), device=device, dtype=torch.float16)
+    check(args, torch.ones_like, functools.partial(run, layout), scale=scale)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [0, 1]], ids=str)
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_next_to_nothing(device, lengths, prefix):
+    check(inputs(lengths, prefix, 32, device=device, dtype=torch.bfloat16), run=run)
+
+
+@pytest.mark.parametrize("trains", [c for n in range(1, 6) for c in itertools.combinations(NAMES, n)], ids="-".join)
+def test_every_subset_of_requires_grad(device, trains):
+    args = inputs([70, 1, 25], 50, 32, (3, 1), device=device, dtype=torch.bfloat16)
+    options = dict(is_causal=True, window=60, prefix_in_window=len(trains) % 2 == 0)
+    out, _ = run(**args, **options)
+    whole = torch.autograd.grad(out, [args[name] for name in NAMES], grad := torch.randn_like(out))
+    args |= {name: args[name].detach().requires_grad_(name in trains) for name in NAMES}
+    run(**args, **options)[0].backward(grad)
+    for name, gradient in zip(NAMES, whole, strict=True):
+        assert torch.equal(args[name].grad, gradient) if name in trains else args[name].grad is None
+
+
+@pytest.mark.parametrize("bank, heads", [(1, (2, 2)), (3, (4, 1))])
+def test_sums_over_many_segments_are_the_same_every_time(device, bank, heads):
+    """More segments than splits, on the emulator in another order of blocks and threads."""
+    args = inputs([1, 2, 0, 3] * 150, 9, 16, heads, bank, device=device, dtype=torch.bfloat16)
+    check(args, run=run, window=2)
+    results = []
+    for _ in range(2):
+        out, lse = run(**args, window=2)
+        results.append((out, lse, *torch.autograd.grad(out, [args[n] for n in NAMES], torch.ones_like(out))))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"features": 8}, "16 features, up to 128, got 8"),
+    ({"features": 144}, "16 features, up to 128, got 144"),
+    ({"dtype": torch.float32}, "needs bfloat16 or float16 on CUDA, got Float"),
+    ({"prompt_rows": 2}, "prompt_rows must be 0 on CUDA"),
+])  # fmt: skip
+def test_what_the_operator_refuses(device, change, match):
+    shape = {"features": 16, "dtype": torch.float16, "prompt_rows": 0} | change
+    prompt_rows, args = shape.pop("prompt_rows"), inputs([3, 4], **shape, device=device)
+    with pytest.raises(RuntimeError, match=match):
+        native.prefix_attention(*args.values(), True, 1.0, None, False, prompt_rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[384, 97, 1, 0, 130], [1000]], ids=str)
+@pytest.mark.parametrize("prefix, features", [(32, 64), (257, 128), (1024, 64)])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_long(lengths, prefix, features, mask):
+    check(inputs(lengths, prefix, features, (6, 2), device="cuda", dtype=torch.bfloat16), backend="native", **mask)
+
+
+@pytest.mark.gpu
+def test_prompt_rows():
+    args = inputs([30, 0, 45], 0, 64, index=None, bank=1, device="cuda", dtype=torch.bfloat16)
+    args |= dict.fromkeys(NAMES[3:])
+    args["cu_seqlens"] = torch.tensor([0, 25, 65], dtype=torch.int32, device="cuda")
+    outs = [prefix_attention(**args, is_causal=True, prompt_rows=10, backend=name) for name in ("native", "reference")]
+    torch.testing.assert_close(*outs)
+    grads = (torch.autograd.grad(out, [args[n] for n in NAMES[:3]], torch.ones_like(out)) for out in outs)
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change, match", [
+    ({"dtype": torch.float32}, "needs torch.bfloat16 or torch.float16 on cuda, got torch.float32"),
+    ({"features": 24}, "needs D to be a multiple of 16 up to 128 on cuda, got 24"),
+    ({"features": 256}, "needs D to be a multiple of 16 up to 128 on cuda, got 256"),
+])  # fmt: skip
+def test_what_the_function_refuses(change, match):
+    shape = {"features": 64, "dtype": torch.bfloat16} | change
+    with pytest.raises(ValueError, match=match):
+        prefix_attention(**inputs([3, 4], **shape, device="cuda"), backend="native")

@@ -81,11 +81,12 @@ class BackwardBlock {
 
   __device__ void run_keys(int first) {
     const int length = segment_.length, rows = length * group_;
+    if (!problem_.tile_sees(0, length - 1, first)) return;  // a part of the prefix that is out of every row's window
     const Keys<T> keys(call_.key, call_.prefix_key, segment_, head_, problem_.prefix);
     const Keys<T> values(call_.value, call_.prefix_value, segment_, head_, problem_.prefix);
     __syncthreads();  // the last tile has been read, and the sums are clear
-    tiles_.key.load(features_, [&](int r) { return first + r < length ? keys.at(first + r) : nullptr; });
-    tiles_.value.load(features_, [&](int r) { return first + r < length ? values.at(first + r) : nullptr; });
+    tiles_.key.begin_load(features_, [&](int r) { return first + r < length ? keys.at(first + r) : nullptr; });
+    tiles_.value.begin_load(features_, [&](int r) { return first + r < length ? values.at(first + r) : nullptr; });
 
     Sums grad_key = {}, grad_value = {};
     for (int first_row = 0; first_row < rows; first_row += kRows) {
@@ -93,6 +94,7 @@ class BackwardBlock {
       if (!problem_.tile_sees(low, high / group_, first)) continue;
       __syncthreads();  // the last rows have been read
       load_rows(first_row, rows);
+      wait_for_copies();
       __syncthreads();
       if (first + 16 * warp_id() < length) add_rows(grad_key, grad_value, first);
       if (call_.grad_query == nullptr) continue;
@@ -109,8 +111,8 @@ class BackwardBlock {
       const int row = first_row + r;
       return row < rows ? tensor.at(segment_.begin + row / group_, head_ * group_ + row % group_) : nullptr;
     };
-    tiles_.query.load(features_, [&](int r) { return row_of(call_.query, r); });
-    tiles_.grad.load(features_, [&](int r) { return row_of(call_.grad, r); });
+    tiles_.query.begin_load(features_, [&](int r) { return row_of(call_.query, r); });
+    tiles_.grad.begin_load(features_, [&](int r) { return row_of(call_.grad, r); });
     constexpr int kLanes = kThreads / kRows;  // of a row
     const int r = threadIdx.x / kLanes, row = first_row + r;
     float delta = 0;

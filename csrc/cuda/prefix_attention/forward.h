@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
   for (int first = problem.first_tile(low); first <= last_tile; first += kKeys) {
     if (!problem.tile_sees(low, high, first)) continue;
     __syncthreads();  // the last tile has been read
-    key_tile.load(features, [&](int r) { return first + r < length ? keys.at(first + r) : nullptr; });
-    value_tile.load(features, [&](int r) { return first + r < length ? values.at(first + r) : nullptr; });
+    key_tile.begin_load(features, [&](int r) { return first + r < length ? keys.at(first + r) : nullptr; });
+    value_tile.begin_load(features, [&](int r) { return first + r < length ? values.at(first + r) : nullptr; });
+    wait_for_copies();
     __syncthreads();
     if (warp_row >= rows) continue;
 

@@ -24,6 +24,15 @@ __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// Begins to copy 16 bytes to shared memory; zeros, and nothing is read, unless they are there.
+__device__ inline void begin_copy(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
+
+// Until what this thread began to copy has arrived.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 name the rows of the i-th. A lane gets elements 2(lane % 4) and
 // the next of row lane / 4 of each.
 __device__ inline void load_matrices(uint32_t (&out)[4], const void* row) {

@@ -24,17 +24,15 @@ struct Tile {
   __device__ T* end() const { return data + kRows * kStride; }
   __device__ T* at(int row, int column) const { return data + row * kStride + column; }
 
-  // Row r is `features` elements from source(r), zeros beyond and where that is null.
+  // Begins to fill the tile: row r is `features` elements from source(r), zeros beyond and where that is null.
   template <typename Source>
-  __device__ void load(int features, const Source& source) const {
+  __device__ void begin_load(int features, const Source& source) const {
     constexpr int kVectors = kColumns / kVector;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
       const int row = i / kVectors, column = i % kVectors * kVector;
       const T* from = source(row);
-      uint4 vector{0, 0, 0, 0};
-      if (from != nullptr && column < features) vector = *reinterpret_cast<const uint4*>(from + column);
-      *reinterpret_cast<uint4*>(at(row, column)) = vector;
+      begin_copy(at(row, column), from + column, from != nullptr && column < features);
     }
   }
 
