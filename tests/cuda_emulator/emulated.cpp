@@ -1,5 +1,4 @@
-// All operators of csrc/cuda/ for tensors on the CPU, in the namespace fastprompt_emulated: built and loaded by
-// tests/ops/test_cuda_emulated.py.
+// All operators of csrc/cuda/ for tensors on the CPU, in the namespace fastprompt_emulated.
 #include <cuda_runtime.h>  // the one beside this file
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

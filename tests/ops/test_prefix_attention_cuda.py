@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import load_emulated
+from cuda_emulator import load_emulated
 from test_prefix_attention import MASKS, NAMES, check, inputs
 
 from fastprompt import _native

@@ -48,9 +48,12 @@ class BackwardBlock {
         needs_score_(call.grad_query || call.grad_key || call.prefix_key_sums) {}
 
   __device__ void run() {
-    clear(call_.prefix_key_sums);
-    clear(call_.prefix_value_sums);
-    for (int b = blockIdx.x; b < problem_.segments; b += gridDim.x) {
+    const int first = blockIdx.x;
+    if (!stores(first) || first >= problem_.segments || problem_.segment(first).length == 0) {
+      clear(call_.prefix_key_sums);
+      clear(call_.prefix_value_sums);
+    }
+    for (int b = first; b < problem_.segments; b += gridDim.x) {
       segment_ = problem_.segment(b);
       if (segment_.length > 0) run_segment();
     }
@@ -64,6 +67,11 @@ class BackwardBlock {
   __device__ int64_t prefix_offset(int entry) const {  // of the split's sums
     const int64_t bank = int64_t{blockIdx.x} * problem_.entries + entry;
     return (bank * problem_.kv_heads + head_) * problem_.prefix * features_;
+  }
+
+  // Whether a segment's sums of the prefix are the first of the split, and whole: to be stored, not added.
+  __device__ bool stores(int segment) const {
+    return segment == static_cast<int>(blockIdx.x) && problem_.entries == 1 && !problem_.prefix_in_window;
   }
 
   __device__ void clear(float* sums) const {
@@ -251,7 +259,7 @@ class BackwardBlock {
         const float2 sum{sums[d][2 * h] * scale, sums[d][2 * h + 1] * scale};
         if (key < 0) {
           float2& total = *reinterpret_cast<float2*>(prefix_sums + offset + 8 * d);
-          total = {total.x + sum.x, total.y + sum.y};
+          total = stores(segment_.index) ? sum : float2{total.x + sum.x, total.y + sum.y};
         } else {
           store_pair(grad + offset + 8 * d, sum.x, sum.y);
         }
