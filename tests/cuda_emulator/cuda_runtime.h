@@ -57,6 +57,11 @@ constexpr size_t kRoomBytes = kWarpSize * 64;
 
 enum class State { ready, at_warp_barrier, at_block_barrier, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Thread {
   State state;
   std::source_location where;  // it waits
@@ -65,6 +70,7 @@ struct Thread {
   ucontext_t beginning;
   jmp_buf context;
   std::unique_ptr<char[]> stack;
+  std::vector<Copy> copies;  // of 16 bytes, begun and not yet waited for
 };
 
 struct Machine {
@@ -153,6 +159,8 @@ inline void run_block(bool reversed) {
     Thread& thread = machine.threads[i];
     thread.state = State::ready;
     thread.started = false;
+    thread.turn = 0;
+    thread.copies.clear();
     if (!thread.stack) thread.stack = std::make_unique<char[]>(kStackBytes);
     getcontext(&thread.beginning);
     thread.beginning.uc_stack.ss_sp = thread.stack.get();
@@ -201,6 +209,27 @@ const T* exchange(const T& mine, const std::source_location& where) {
   room[machine.current % kWarpSize] = mine;
   wait(State::at_warp_barrier, where);
   return room;
+}
+
+inline void check_shared(const void* pointer) {
+  const size_t distance = machine.shared_end - static_cast<const char*>(pointer);
+  if (distance < 16 || distance > machine.shared_bytes || reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
+    fail("an access of 16 bytes is misaligned, or outside of shared memory");
+}
+
+inline void begin_copy(void* to, const void* from) {
+  check_shared(to);
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy is misaligned");
+  std::vector<Copy>& copies = machine.threads[machine.current].copies;
+  for (const Copy& copy : copies)
+    if (copy.to == to) fail("copies collide");
+  copies.push_back({to, from});
+}
+
+inline void wait_for_copies() {  // they arrive as late as they may
+  std::vector<Copy>& copies = machine.threads[machine.current].copies;
+  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, 16);
+  copies.clear();
 }
 
 }  // namespace emulator

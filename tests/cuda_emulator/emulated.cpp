@@ -34,37 +34,17 @@ inline int lane() { return emulator::machine.current % emulator::kWarpSize; }
 
 inline void* shared_memory() { return emulator::machine.shared_end - emulator::machine.shared_bytes; }
 
-inline void check_shared(const void* pointer) {
-  const size_t distance = emulator::machine.shared_end - static_cast<const char*>(pointer);
-  if (distance < 16 || distance > emulator::machine.shared_bytes || reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
-    emulator::fail("an access of 16 bytes is misaligned, or outside of shared memory");
-}
-
-// Copies arrive as late as they may: when they are waited for.
-struct Copy {
-  void* to;
-  const void* from;
-};
-inline std::vector<Copy> copies[emulator::kMaxThreads];
-
 inline void begin_copy(void* to, const void* from, bool there) {
-  static const char zeros[16] = {};
-  check_shared(to);
-  if (there && reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("a copy is misaligned");
-  std::vector<Copy>& mine = copies[emulator::machine.current];
-  if (std::ranges::any_of(mine, [=](const Copy& copy) { return copy.to == to; })) emulator::fail("copies collide");
-  mine.push_back({to, there ? from : zeros});
+  alignas(16) static const char zeros[16] = {};
+  emulator::begin_copy(to, there ? from : zeros);
 }
 
-inline void wait_for_copies() {
-  for (const Copy& copy : copies[emulator::machine.current]) std::memcpy(copy.to, copy.from, 16);
-  copies[emulator::machine.current].clear();
-}
+inline void wait_for_copies() { emulator::wait_for_copies(); }
 
 using Elements = const uint16_t*;
 
 inline const Elements* exchange_rows(const void* row, const Location& where) {
-  check_shared(row);
+  emulator::check_shared(row);
   return emulator::exchange(static_cast<Elements>(row), where);
 }
 
@@ -120,3 +100,44 @@ inline float power_of_two(float exponent) { return std::exp2(exponent); }
 #include "../../csrc/cuda/pack_prompt.cu"
 #include "../../csrc/cuda/prefix_attention.cu"
 #include "../../csrc/fastprompt.cpp"
+
+// What the emulator must find.
+namespace {
+
+using fastprompt::prefix_attention::load_matrices;
+using fastprompt::prefix_attention::shared_memory;
+
+void barriers_apart(float*) {
+  if (threadIdx.x < 32) __syncthreads();
+  __syncthreads();
+  if (threadIdx.x >= 32) __syncthreads();
+}
+void barrier_for_some(float*) {
+  if (threadIdx.x < 32) __syncthreads();
+}
+void row_outside(float*) {
+  uint32_t out[4];
+  load_matrices(out, static_cast<char*>(shared_memory()) + 16 * threadIdx.x);
+}
+void copies_collide(float*) {
+  for (int i = 0; i < 2; ++i) fastprompt::prefix_attention::begin_copy(shared_memory(), nullptr, false);
+}
+void no_barrier(float* out) {
+  float* shared = static_cast<float*>(shared_memory());
+  shared[threadIdx.x] = 1;
+  out[threadIdx.x] = shared[63 - threadIdx.x];
+}
+
+torch::stable::Tensor faulty(const torch::stable::Tensor& out, int64_t which, int64_t shared_bytes) {
+  void (*const kernels[])(float*) = {barriers_apart, barrier_for_some, row_outside, copies_collide, no_barrier};
+  cudaLaunchConfig_t config{dim3(1), dim3(64), static_cast<size_t>(shared_bytes), nullptr};
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernels[which], out.mutable_data_ptr<float>()));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, library) {
+  library.def("faulty(Tensor(a!) out, int which, int shared_bytes) -> Tensor(a!)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, library) { library.impl("faulty", TORCH_BOX(&faulty)); }
