@@ -16,7 +16,7 @@ from fastprompt.ops import prefix_attention
 if not _native.available("cpu"):
     pytest.skip(str(_native.why_not("cpu")), allow_module_level=True)
 
-from fastprompt.ops.prefix_attention import native  # noqa: E402
+from fastprompt.ops.prefix_attention import _in_two_calls, native  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Every list of lengths with every mask; the rest drawn, with a seed that lets nearly all pairs of values meet.
@@ -131,15 +131,15 @@ def test_long(lengths, prefix, features, mask):
     check(inputs(lengths, prefix, features, (6, 2), device="cuda", dtype=torch.bfloat16), backend="native", **mask)
 
 
-@pytest.mark.gpu
-def test_prompt_rows():
-    args = inputs([30, 0, 45], 0, 64, index=None, bank=1, device="cuda", dtype=torch.bfloat16)
-    args |= dict.fromkeys(NAMES[3:])
-    args["cu_seqlens"] = torch.tensor([0, 25, 65], dtype=torch.int32, device="cuda")
-    outs = [prefix_attention(**args, is_causal=True, prompt_rows=10, backend=name) for name in ("native", "reference")]
-    torch.testing.assert_close(*outs)
-    grads = (torch.autograd.grad(out, [args[n] for n in NAMES[:3]], torch.ones_like(out)) for out in outs)
-    torch.testing.assert_close(*grads, rtol=0.05, atol=0.02)
+def test_prompt_rows_are_a_call_of_their_own(device):
+    args = inputs([10, 30, 0, 35], 0, 64, index=None, bank=1, device=device, dtype=torch.bfloat16)
+    query, key, value = leaves = [args[name] for name in NAMES[:3]]
+    bounds = (args["cu_seqlens"] - 10)[1:]
+    options = True, 0.125, 20, None, False, 0.0  # is_causal, scale, window, softcap, prefix_in_window, dropout_p
+    outs = [_in_two_calls(name, query, key, value, bounds, 10, options)[0] for name in ("native", "reference")]
+    grads = (torch.autograd.grad(out, leaves, torch.ones_like(out)) for out in outs)
+    torch.testing.assert_close(*outs, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.gpu
