@@ -10,7 +10,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES) $(wildcard tests/cuda_emulator/*.[ch]*)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2
 
 demo: $(VENV)/installed-demo

@@ -47,6 +47,12 @@ sanitize() {
     -k "native and (test_every_dtype or test_non_contiguous)"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize_triton compute-sanitizer --tool memcheck --error-exitcode 1 \
     --target-processes all "${PYTEST[@]}" tests/ops/test_prefix_attention_triton.py -k test_every_subset_of_requires_grad
+  local tool
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitize_cuda_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      --target-processes all "${PYTEST[@]}" tests/ops/test_prefix_attention_cuda.py -m gpu \
+      -k "test_layouts_and_scales or test_next_to_nothing or test_every_subset_of_requires_grad"
+  done
 }
 
 bench() {

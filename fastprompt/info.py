@@ -12,7 +12,7 @@ PACKAGES = ("transformers", "peft", "triton")
 DEVICE_TYPES = ("cpu", "cuda")  # those a native library may exist for
 # Backends of each operator, in the order of preference, and the native libraries that have it.
 OPERATORS = {
-    "prefix_attention": {"native": ("cpu",), "triton": (), "cpu": (), "reference": ()},
+    "prefix_attention": {"native": DEVICE_TYPES, "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
     "alignment_loss": {"native": ("cpu",), "reference": ()},
 }

@@ -10,9 +10,10 @@ namespace fastprompt {
 
 // A contiguous 1-D tensor of int32 or int64.
 struct Integers {
-  const void* data;
-  bool wide;
+  const void* data = nullptr;
+  bool wide = false;
 
+  Integers() = default;
   explicit Integers(const torch::stable::Tensor& tensor)
       : data(tensor.const_data_ptr()), wide(tensor.scalar_type() == torch::headeronly::ScalarType::Long) {}
 

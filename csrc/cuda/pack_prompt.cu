@@ -1,8 +1,5 @@
 // pack_prompt on CUDA: a block per row, each row written once. Bad indices stop in a device assert, as torch's do.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,6 +9,7 @@
 
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
+#include "launch.h"
 
 namespace fastprompt {
 namespace {
@@ -95,12 +93,6 @@ void dispatch_vector(int64_t width, std::initializer_list<const void*> pointers,
 
 int threads_for(int64_t width) { return static_cast<int>(std::min<int64_t>(kMaxThreads, (width + 31) / 32 * 32)); }
 
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 std::optional<Tensor> as_int32(const std::optional<Tensor>& index) {
   if (!index) return std::nullopt;
   return torch::stable::contiguous(torch::stable::to(*index, torch::headeronly::ScalarType::Int));
@@ -131,13 +123,12 @@ Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Ten
     dispatch_vector<T>(width, {table, bank, out}, [&](auto lanes) {
       using V = Vector<T, lanes>;
       const int64_t vectors = width / lanes;
-      pack_rows<T, lanes><<<rows, threads_for(vectors), 0, current_stream(hidden)>>>(
-          reinterpret_cast<const V*>(table), reinterpret_cast<const V*>(bank), reinterpret_cast<V*>(out),
-          Integers(input_ids), pointer_or_null(prompt_index), packed, per_segment, embedding.size(0), bank_size, tokens,
-          vectors, static_cast<accumulate_t<T>>(scale));
+      launch(pack_rows<T, lanes>, dim3(rows), threads_for(vectors), 0, current_stream(hidden),
+             reinterpret_cast<const V*>(table), reinterpret_cast<const V*>(bank), reinterpret_cast<V*>(out),
+             Integers(input_ids), pointer_or_null(prompt_index), packed, per_segment, embedding.size(0), bank_size,
+             tokens, vectors, static_cast<accumulate_t<T>>(scale));
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return hidden;
 }
 
@@ -158,12 +149,11 @@ Tensor pack_prompt_backward(const Tensor& grad_, const Tensor& cu_seqlens_, cons
     dispatch_vector<T>(width, {in, out}, [&](auto lanes) {
       using V = Vector<T, lanes>;
       const int64_t vectors = width / lanes;
-      sum_prompt_rows<T, lanes><<<rows, threads_for(vectors), 0, current_stream(grad)>>>(
-          reinterpret_cast<const V*>(in), reinterpret_cast<V*>(out), pointer_or_null(prompt_index), packed,
-          grad.size(0), vectors);
+      launch(sum_prompt_rows<T, lanes>, dim3(rows), threads_for(vectors), 0, current_stream(grad),
+             reinterpret_cast<const V*>(in), reinterpret_cast<V*>(out), pointer_or_null(prompt_index), packed,
+             grad.size(0), vectors);
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_prompt;
 }
 

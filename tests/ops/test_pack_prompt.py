@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from cuda_emulator import load_emulated
 
 from fastprompt import _native
 from fastprompt.ops import pack_prompt
@@ -108,6 +109,21 @@ def test_every_subset_of_requires_grad(device, per_segment, trains):
             assert torch.equal(pack_prompt(**args, per_segment=per_segment), want)
         with pytest.raises(ValueError, match="gradient of the embedding" if _native.available(device) else "native"):
             pack_prompt(**args, backend="native")
+
+
+@pytest.mark.parametrize("width", [8, 63])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cuda_kernels_in_the_emulator(width, dtype):
+    args, emulated = inputs([7, 0, 33, 1], 5, width=width, dtype=dtype), load_emulated()
+    index = args["prompt_index"]
+    for per_segment in (False, True):
+        want = expected(**args, per_segment=per_segment, scale=2.0)
+        with torch.no_grad():
+            got = emulated.pack_prompt(*args.values(), per_segment, 2.0)
+        assert torch.equal(got, want)
+    (want_grad,) = torch.autograd.grad(want, args["prompt"], torch.ones_like(want))  # whole numbers: exact
+    got_grad = emulated.pack_prompt_backward(torch.ones_like(want), args["cu_seqlens"], index, 3, 5)
+    assert torch.equal(got_grad, want_grad)
 
 
 def test_frozen_embedding_through_the_native_operator(device):

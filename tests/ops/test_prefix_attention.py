@@ -13,7 +13,11 @@ from fastprompt.ops import prefix_attention
 
 # Each with what it can do, asked as device=..., softcap=..., dropout_p=..., dtype=..., features=...
 BACKENDS = {
-    "native": lambda dtype=None, **needs: dtype != torch.float16 and BACKENDS["cpu"](**needs),
+    # On a GPU only where 16 bits are asked for: test_prefix_attention_cuda.py has the tests of those kernels.
+    "native": lambda device, dtype=None, **needs: (
+        BACKENDS["cpu"]("cpu", **needs)
+        and (dtype != torch.float16 if device == "cpu" else dtype in (torch.bfloat16, torch.float16))
+    ),
     "cpu": lambda device, softcap=None, dropout_p=0.0, **_: device == "cpu" and softcap is None and dropout_p == 0,
     "reference": lambda device, **_: True,
 }
@@ -240,11 +244,12 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, MASKS[-2]])
 def test_opcheck_of_every_registered_operator(device, options):
-    where = {"device": device, "dtype": torch.float32}
+    where = {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
     with Recorder() as recorder:
         for name, index in itertools.product(BACKENDS, (None, torch.int64)):
-            if BACKENDS[name](device=device):
-                prefix_attention(**inputs(index=index, **where), **options, backend=name).sum().backward()
+            if BACKENDS[name](**where):
+                args = inputs(features=16, index=index, **where)
+                prefix_attention(**args, **options, backend=name).sum().backward()
     names = (name for name in torch._C._dispatch_get_all_op_names() if "fastprompt::prefix_attention" in name)
     registered = {name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())}
     assert {func.name() for func, _, _ in recorder.calls} == registered

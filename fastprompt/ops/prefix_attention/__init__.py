@@ -15,6 +15,12 @@ if _native.available("cpu"):
 
 __all__ = ["prefix_attention"]
 
+# What csrc/ computes in, by device.
+NATIVE_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+LARGEST_CUDA_HEAD = 128
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
 
 
@@ -59,8 +65,9 @@ def prefix_attention(
         prefix_in_window: the prefix stands at positions -P..-1 under the window; by default every row sees it all.
         dropout_p: probability with which attention weights are dropped (and the rest scaled up).
         return_lse: also return the log-sum-exp of the scores, (T, H) float32 (float64 for float64), not differentiable.
-        backend: None chooses; "native" (one fused kernel in C++, CPU only, no softcap, no dropout), "triton" (GPUs),
-            "cpu" (PyTorch's flash kernels, CPU only, no softcap, no dropout) or "reference".
+        backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
+            multiple of 16 up to 128, on GPUs; no softcap, no dropout), "triton" (GPUs), "cpu" (PyTorch's flash kernels,
+            CPU only, no softcap, no dropout) or "reference".
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
@@ -85,7 +92,7 @@ def prefix_attention(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     options = is_causal, scale, window, softcap, prefix_in_window, dropout_p
-    if backend == "native":
+    if backend == "native" and query.device.type == "cpu":
         result = native.prefix_attention(
             *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
             *(is_causal, scale, window, prefix_in_window, prompt_rows),
@@ -99,26 +106,34 @@ def prefix_attention(
 
 def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p: float) -> str:
     """The backend that runs: the fastest that can, or the one asked for."""
-    on_cpu = query.device.type == "cpu"
-    plain_cpu = on_cpu and softcap is None and dropout_p == 0
+    device, plain = query.device.type, softcap is None and dropout_p == 0
     if backend is None:
-        if plain_cpu:
+        if device == "cpu" and plain:
             return "native" if _native.available("cpu") and query.dtype != torch.float16 else "cpu"
-        return "triton" if query.device.type == "cuda" and _why_not_triton(query) is None else "reference"
-    if backend in ("native", "cpu") and not plain_cpu:
+        # Not "native": it should win where segments are short, but neither has been measured on a GPU yet.
+        return "triton" if device == "cuda" and _why_not_triton(query) is None else "reference"
+    devices = {"native": tuple(NATIVE_DTYPES), "cpu": ("cpu",)}.get(backend, (device,))
+    if device not in devices or (backend in ("native", "cpu") and not plain):
         raise ValueError(
-            f"backend {backend!r} needs tensors on the CPU, no softcap and no dropout, "
+            f"backend {backend!r} needs tensors on {' or '.join(devices)}, no softcap and no dropout, "
             f"got {query.device}, softcap={softcap}, dropout_p={dropout_p}"
         )
-    if backend == "native" and query.dtype == torch.float16:
-        raise ValueError("backend 'native' needs float32, float64 or bfloat16, got torch.float16")
-    if backend == "native" and not _native.available("cpu"):
-        raise ValueError(f"backend 'native' is not available: {_native.why_not('cpu')}")
+    if backend == "native" and (reason := _why_not_native(query)):
+        raise ValueError(f"backend 'native' {reason}")
     if backend == "triton" and (reason := _why_not_triton(query)):
         raise ValueError(f"backend 'triton' {reason}")
     if backend not in ("native", "triton", "cpu", "reference"):
         raise ValueError(f"backend must be None, 'native', 'triton', 'cpu' or 'reference', got {backend!r}")
     return backend
+
+
+def _why_not_native(query: Tensor) -> str | None:
+    device, features = query.device.type, query.shape[-1]
+    if query.dtype not in NATIVE_DTYPES[device]:
+        return f"needs {' or '.join(map(str, NATIVE_DTYPES[device]))} on {device}, got {query.dtype}"
+    if device == "cuda" and (features % 16 or features > LARGEST_CUDA_HEAD):
+        return f"needs D to be a multiple of 16 up to {LARGEST_CUDA_HEAD} on cuda, got {features}"
+    return None if _native.available(device) else f"is not available: {_native.why_not(device)}"
 
 
 def _why_not_triton(query: Tensor) -> str | None:
@@ -136,6 +151,8 @@ def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefi
         from . import triton  # here, not at the top: it imports the package triton
 
         return triton.prefix_attention(*tensors, *options)
+    if backend == "native":
+        return native.prefix_attention(*tensors, is_causal, scale, window, prefix_in_window)
     if backend == "cpu":
         if scale < 0:  # the kernels hide a score by -inf before they scale it
             query, scale = -query, -scale
