@@ -17,4 +17,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, library) {
       "Tensor prefix_value, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor? prefix_index, SymInt prompt_rows, "
       "bool is_causal, float scale, SymInt window, bool prefix_in_window, bool needs_query, bool needs_key, "
       "bool needs_value, bool needs_prefix_key, bool needs_prefix_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("segment_pool(Tensor hidden, Tensor cu_seqlens, int take) -> Tensor");
+  library.def("segment_pool_backward(Tensor grad, Tensor cu_seqlens, SymInt rows, int take) -> Tensor");
 }
