@@ -22,4 +22,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, library) {
       "Tensor? row_grad, SymInt normalize, SymInt distances, float temperature, SymInt reduction, bool needs_student, "
       "bool needs_teacher, bool needs_weight, bool needs_bias, bool needs_row_weight) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("segment_pool(Tensor hidden, Tensor cu_seqlens, int take) -> Tensor");
+  library.def("segment_pool_backward(Tensor grad, Tensor cu_seqlens, SymInt rows, int take) -> Tensor");
 }

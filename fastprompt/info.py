@@ -10,11 +10,15 @@ from fastprompt import __version__, _native
 
 PACKAGES = ("transformers", "peft", "triton")
 DEVICE_TYPES = ("cpu", "cuda")  # those a native library may exist for
+SEGMENT_POOL = {"native": ("cpu",), "triton": (), "reference": ()}
 # Backends of each operator, in the order of preference, and the native libraries that have it.
 OPERATORS = {
     "prefix_attention": {"native": DEVICE_TYPES, "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
     "alignment_loss": {"native": ("cpu",), "reference": ()},
+    "segment_mean": SEGMENT_POOL,
+    "segment_first": SEGMENT_POOL,
+    "segment_last": SEGMENT_POOL,
 }
 
 

@@ -11,15 +11,12 @@
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
 #include "checks.h"
+#include "grain.h"
 
 namespace fastprompt {
 namespace {
 
 using torch::stable::Tensor;
-
-constexpr int64_t kGrain = 32768;  // elements: as many as make a thread worth its start
-
-int64_t rows_per_thread(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
 // Bank entry of each segment; 0 where there is no prompt_index.
 std::vector<int64_t> bank_entries(const std::optional<Tensor>& prompt_index, int64_t segments, int64_t bank_size) {
@@ -53,7 +50,7 @@ Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Ten
     const T* bank = prompt.const_data_ptr<T>();
     T* out = hidden.mutable_data_ptr<T>();
     const auto factor = static_cast<accumulate_t<T>>(scale);
-    torch::stable::parallel_for(0, rows, rows_per_thread(width), [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, rows, items_per_thread(width), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         T* to = out + row * width;
         // The prompt row that stands here, or, beyond the prompt rows, the token.
@@ -89,7 +86,7 @@ Tensor pack_prompt_backward(const Tensor& grad_, const Tensor& cu_seqlens_, cons
     using T = decltype(zero);
     const T* in = grad.const_data_ptr<T>();
     T* out = grad_prompt.mutable_data_ptr<T>();
-    const int64_t grain = rows_per_thread(width * std::max<int64_t>(1, segments));
+    const int64_t grain = items_per_thread(width * std::max<int64_t>(1, segments));
     torch::stable::parallel_for(0, bank_size * prompt_rows, grain, [&](int64_t first, int64_t last) {
       std::vector<accumulate_t<T>> sum(width);
       for (int64_t row = first; row < last; ++row) {

@@ -3,5 +3,6 @@
 from .alignment import alignment_loss
 from .pack_prompt import pack_prompt
 from .prefix_attention import prefix_attention
+from .segment_pool import segment_first, segment_last, segment_mean
 
-__all__ = ["alignment_loss", "pack_prompt", "prefix_attention"]
+__all__ = ["alignment_loss", "pack_prompt", "prefix_attention", "segment_first", "segment_last", "segment_mean"]
