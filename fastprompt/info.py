@@ -14,7 +14,7 @@ DEVICE_TYPES = ("cpu", "cuda")  # those a native library may exist for
 OPERATORS = {
     "prefix_attention": {"native": ("cpu",), "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
-    "alignment_loss": {"reference": ()},
+    "alignment_loss": {"triton": (), "reference": ()},
 }
 
 

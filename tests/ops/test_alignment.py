@@ -1,5 +1,6 @@
 import copy
 import functools
+import importlib.util
 import itertools
 
 import pytest
@@ -8,7 +9,14 @@ import torch.nn.functional as F
 
 from fastprompt.ops import alignment_loss
 
-BACKENDS = [None, "reference"]  # every test runs on each of them
+if importlib.util.find_spec("triton"):
+    from fastprompt.ops._triton import INTERPRETED
+
+    TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
+else:
+    TRITON_DEVICE = None
+
+BACKENDS = [None, "reference", "triton"]  # every test runs on each of them
 NORMALIZATIONS = ["l2", "layer", "none"]
 DISTANCES = ["cosine", "mse", "smooth_l1", "infonce", "infonce+cosine", "cosine+mse+smooth_l1"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,15 +126,25 @@ def check(args, backend, **options):
     grad = torch.randn_like(want)
     got = alignment_loss(**args, **options, backend=backend)
     found = gradients(got, args, grad)
-    torch.testing.assert_close(got.cpu(), want)  # the order of sums in float64
+    torch.testing.assert_close(got.cpu(), want, check_dtype=False)  # as close as the coarser of both dtypes allows
     for name, want_grad in gradients(want, true, grad).items():
-        torch.testing.assert_close(found[name].cpu(), want_grad, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name].cpu(), want_grad, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}"
+        )
     return found
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request):
+    device = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
+    if request.param == "triton" and device != TRITON_DEVICE:
+        pytest.skip("needs triton, and a CUDA device or TRITON_INTERPRET=1")
     return request.param
+
+
+def finest(backend):
+    """The dtype in which a backend is the most exact."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 @pytest.mark.parametrize("row_weight", [False, True])
@@ -134,7 +152,7 @@ def backend(request):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_values_and_gradients(backend, device, normalize, distance, bias, row_weight):
-    args = inputs(7, 13, 9, bias=bias, row_weight=row_weight, device=device)
+    args = inputs(7, 13, 9, bias=bias, row_weight=row_weight, dtype=finest(backend), device=device)
     for reduction in REDUCTIONS:
         check(args, backend, normalize=normalize, distance=distance, reduction=reduction, temperature=0.7)
 
@@ -143,15 +161,16 @@ def test_values_and_gradients(backend, device, normalize, distance, bias, row_we
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_shapes(backend, device, normalize, distance, shape):
-    check(inputs(*shape, device=device), backend, normalize=normalize, distance=distance, temperature=0.7)
+    args = inputs(*shape, dtype=finest(backend), device=device)
+    check(args, backend, normalize=normalize, distance=distance, temperature=0.7)
 
 
 @pytest.mark.parametrize("temperature", [None, 0.05, 0.5, 3])
 def test_temperature(backend, device, temperature):
-    args = inputs(7, 13, 9, device=device)
+    args = inputs(7, 13, 9, dtype=finest(backend), device=device)
     got = alignment_loss(**args, distance="infonce", temperature=temperature, backend=backend)
     want = expected(exact(args), distance="infonce", temperature=0.05 if temperature is None else temperature)
-    torch.testing.assert_close(got.cpu(), want)
+    torch.testing.assert_close(got.cpu(), want, check_dtype=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -211,7 +230,8 @@ def test_large_and_small_rows(backend, device, normalize, up, dtype):
 @pytest.mark.parametrize("wants", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids="+".join)
 @pytest.mark.parametrize("distance", ["cosine", "infonce+mse"])
 def test_every_subset_of_requires_grad(backend, device, distance, wants):
-    args = {name: x.detach().requires_grad_(name in wants) for name, x in inputs(7, 5, 6, device=device).items()}
+    args = inputs(7, 5, 6, dtype=finest(backend), device=device)
+    args = {name: x.detach().requires_grad_(name in wants) for name, x in args.items()}
     if wants:
         assert tuple(check(args, backend, distance=distance)) == wants
     loss = alignment_loss(**args, distance=distance, backend=backend)
@@ -223,10 +243,11 @@ def test_every_subset_of_requires_grad(backend, device, distance, wants):
         torch.testing.assert_close(alignment_loss(**args, distance=distance, backend=backend), loss.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_zero_rows(backend, device, normalize, distance, dtype):
+    exactly, dtype = dtype is None, dtype or finest(backend)
     args = inputs(7, 13, 9, bias=False, row_weight=False, dtype=dtype, device=device)
     zero = {"student": [1, 3], "teacher": [1, 4, 5]}
     with torch.no_grad():
@@ -235,7 +256,7 @@ def test_zero_rows(backend, device, normalize, distance, dtype):
         if normalize == "layer":
             args["teacher"][5] = 3.0  # 0 without its mean
     options = {"normalize": normalize, "distance": distance, "temperature": 0.7}
-    if dtype == torch.float64:
+    if exactly:
         check(args, backend, **options)
     loss = alignment_loss(**args, **options, backend=backend)
     for name, grad in gradients(loss, args, torch.tensor(1.0)).items():
@@ -249,7 +270,7 @@ def test_zero_rows(backend, device, normalize, distance, dtype):
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("normalize", ["l2", "layer"])
 def test_where_zero_begins(backend, device, normalize, side):
-    args = inputs(4, 6, 6, bias=False, row_weight=False, device=device)
+    args = inputs(4, 6, 6, bias=False, row_weight=False, dtype=finest(backend), device=device)
     sizes = torch.tensor([0.5, 0.99, 1.01, 2.0], dtype=torch.float64, device=device) * EPS[normalize]
     with torch.no_grad():
         args["weight"].copy_(torch.eye(6))
@@ -260,8 +281,8 @@ def test_where_zero_begins(backend, device, normalize, side):
         row *= (sizes / size)[:, None]
     options = {"normalize": normalize, "reduction": "none"}
     loss = alignment_loss(**args, **options, backend=backend)
-    torch.testing.assert_close(loss.cpu(), expected(exact(args), **options))
-    assert torch.equal(loss.detach()[:2].cpu(), torch.ones(2, dtype=torch.float64)) and (loss[2:] != 1).all()
+    torch.testing.assert_close(loss.cpu(), expected(exact(args), **options), check_dtype=False)
+    assert (loss[:2] == 1).all() and (loss[2:] != 1).all()
     grad = gradients(loss, args, torch.ones(4))[side]
     assert not grad[:2].any() and grad[2:].any(dim=1).all()
 
@@ -270,7 +291,7 @@ def test_where_zero_begins(backend, device, normalize, side):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_rows_of_weight_0_are_left_out(backend, device, normalize, distance, garbage):
-    args, out = inputs(9, 13, 9, device=device), [2, 5, 8]
+    args, out = inputs(9, 13, 9, dtype=finest(backend), device=device), [2, 5, 8]
     with torch.no_grad():
         args["student"][out[:2]], args["teacher"][out[1:]] = garbage, garbage
     assert not args["row_weight"][out].any()
@@ -282,7 +303,7 @@ def test_rows_of_weight_0_are_left_out(backend, device, normalize, distance, gar
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_row_weight_of_another_dtype(backend, device, distance, dtype):
-    args = inputs(7, 13, 9, device=device)
+    args = inputs(7, 13, 9, dtype=finest(backend), device=device)
     args["row_weight"] = args["row_weight"].detach().mul(10).ceil().to(dtype)
     for reduction in REDUCTIONS:
         check(args, backend, distance=distance, reduction=reduction)
@@ -291,7 +312,7 @@ def test_row_weight_of_another_dtype(backend, device, distance, dtype):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_all_weights_0(backend, device, normalize, distance):
-    args = inputs(5, 6, 4, device=device)
+    args = inputs(5, 6, 4, dtype=finest(backend), device=device)
     with torch.no_grad():
         args["row_weight"].zero_()
     for reduction in REDUCTIONS:
@@ -304,7 +325,9 @@ def test_all_weights_0(backend, device, normalize, distance):
 @pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "infonce"])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_gradcheck(backend, device, normalize, distance, reduction):
-    args = inputs(4, 3, 5, device=device)
+    if backend == "triton":
+        pytest.skip("needs float64")
+    args = inputs(4, 3, 5, dtype=finest(backend), device=device)
     with torch.no_grad():
         args["row_weight"] += 0.5  # at 0 the row is left out: a jump
     options = dict(normalize=normalize, distance=distance, reduction=reduction, temperature=0.7, backend=backend)
@@ -328,8 +351,9 @@ def test_opcheck(device, optional, dtype, names):
     torch.library.opcheck(torch.ops.fastprompt.alignment_loss.default, (*args.values(), *names))
 
 
-@pytest.mark.parametrize("dynamic, dtype", [(False, torch.float64), (True, torch.bfloat16)])
+@pytest.mark.parametrize("dynamic, dtype", [(False, None), (True, torch.bfloat16)])
 def test_compile(backend, device, dtype, dynamic):
+    dtype = dtype or finest(backend)
     torch.compiler.reset()
     compiled = torch.compile(alignment_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape, normalize in ((5, 6, 4), "l2"), ((9, 3, 7), "layer"):
@@ -342,7 +366,7 @@ def test_compile(backend, device, dtype, dynamic):
 
 
 def test_non_contiguous(backend, device):
-    args = inputs(7, 13, 9, device=device)
+    args = inputs(7, 13, 9, dtype=finest(backend), device=device)
     for name in ("student", "teacher", "weight"):
         args[name] = args[name].detach().T.contiguous().T.requires_grad_()
     for name in ("bias", "row_weight"):
@@ -359,7 +383,8 @@ def test_outputs_are_written_whole(backend, device):
     try:
         assert torch.empty(8, device=device).isnan().all()
         for distance, reduction in itertools.product(("cosine", "infonce"), REDUCTIONS):
-            check(inputs(63, 17, 33, device=device), backend, distance=distance, reduction=reduction)
+            args = inputs(63, 17, 33, dtype=finest(backend), device=device)
+            check(args, backend, distance=distance, reduction=reduction)
     finally:
         torch.use_deterministic_algorithms(was)
 
@@ -388,7 +413,7 @@ def test_outputs_are_written_whole(backend, device):
         ({"temperature": 0}, "temperature must be positive, got 0.0"),
         ({"temperature": -0.5}, "temperature must be positive, got -0.5"),
         ({"temperature": float("nan")}, "temperature must be positive, got nan"),
-        ({"backend": "gpu"}, "backend must be None or .*'reference'.*, got 'gpu'"),
+        ({"backend": "gpu"}, "backend must be None, .* or 'reference', got 'gpu'"),
     ],
 )
 def test_bad_input(backend, change, match):

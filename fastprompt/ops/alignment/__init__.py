@@ -1,5 +1,7 @@
 """alignment_loss: projection, normalisation and distance between two sets of vectors."""
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ __all__ = ["alignment_loss"]
 NORMALIZATIONS = ("l2", "layer", "none")
 DISTANCES = ("cosine", "mse", "smooth_l1", "infonce")
 REDUCTIONS = ("mean", "sum", "none")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define(
@@ -51,7 +54,7 @@ def alignment_loss(
             over both directions), or several joined by "+", whose losses are added.
         temperature: of "infonce"; None is 0.05.
         reduction: "mean" (weighted sum over the sum of weights; 0 if all weights are 0), "sum" (weighted), or "none".
-        backend: None or "reference".
+        backend: None chooses; "triton" (GPUs, no float64, once differentiable) or "reference".
 
     Returns:
         A scalar, or (N,) weighted rows for reduction "none"; float32, or float64 for float64 inputs.
@@ -95,11 +98,31 @@ def alignment_loss(
     temperature = 0.05 if temperature is None else float(temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if backend not in (None, "reference"):
-        raise ValueError(f"backend must be None or 'reference', got {backend!r}")
-    return torch.ops.fastprompt.alignment_loss(
-        student, teacher, weight, bias, row_weight, normalize, distance, temperature, reduction
-    )
+    args = student, teacher, weight, bias, row_weight, normalize, distance, temperature, reduction
+    if _choose(backend, student) == "triton":
+        from . import triton  # here, not at the top: it imports the package triton
+
+        return triton.alignment_loss(*args)
+    return torch.ops.fastprompt.alignment_loss(*args)
+
+
+def _choose(backend: str | None, student: Tensor) -> str:
+    """The backend that runs: the fastest that can, or the one asked for."""
+    if backend is None:
+        return "triton" if student.device.type == "cuda" and _why_not_triton(student) is None else "reference"
+    if backend == "triton" and (reason := _why_not_triton(student)):
+        raise ValueError(f"backend 'triton' {reason}")
+    if backend not in ("triton", "reference"):
+        raise ValueError(f"backend must be None, 'triton' or 'reference', got {backend!r}")
+    return backend
+
+
+def _why_not_triton(student: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    from . import triton
+
+    return triton.why_not(student)
 
 
 def check_distance(distance: str) -> None:
