@@ -147,11 +147,17 @@ def finest(backend):
     return torch.float32 if backend == "triton" else torch.float64
 
 
+def skip_in_interpreter(backend, redundant):
+    if backend == "triton" and TRITON_DEVICE == "cpu" and redundant:
+        pytest.skip("slow in the interpreter, and other cases take the same path")
+
+
 @pytest.mark.parametrize("row_weight", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_values_and_gradients(backend, device, normalize, distance, bias, row_weight):
+    skip_in_interpreter(backend, bias != row_weight)
     args = inputs(7, 13, 9, bias=bias, row_weight=row_weight, dtype=finest(backend), device=device)
     for reduction in REDUCTIONS:
         check(args, backend, normalize=normalize, distance=distance, reduction=reduction, temperature=0.7)
@@ -161,6 +167,7 @@ def test_values_and_gradients(backend, device, normalize, distance, bias, row_we
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_shapes(backend, device, normalize, distance, shape):
+    skip_in_interpreter(backend, "+" not in distance or shape[0] == 63)
     args = inputs(*shape, dtype=finest(backend), device=device)
     check(args, backend, normalize=normalize, distance=distance, temperature=0.7)
 
@@ -178,6 +185,7 @@ def test_temperature(backend, device, temperature):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_dtypes(backend, device, normalize, distance, shape, dtype):
+    skip_in_interpreter(backend, "+" not in distance or shape[0] in (1, 97))
     options = {"normalize": normalize, "distance": distance, "temperature": 0.7, "reduction": "none"}
     values = {name: ([], [], []) for name in ("loss", *NAMES)}
     for _ in range(1 + 12 // shape[0]):  # the error of a few rows is a matter of luck
@@ -202,6 +210,7 @@ def test_dtypes(backend, device, normalize, distance, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_output_dtype(backend, device, distance, dtype):
+    skip_in_interpreter(backend, "+" not in distance)
     args = inputs(97, 4, 3, dtype=dtype, device=device)
     run = functools.partial(alignment_loss, **args, distance=distance, backend=backend)
     rows, total, mean = (run(reduction=reduction) for reduction in ("none", "sum", "mean"))
@@ -230,6 +239,7 @@ def test_large_and_small_rows(backend, device, normalize, up, dtype):
 @pytest.mark.parametrize("wants", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids="+".join)
 @pytest.mark.parametrize("distance", ["cosine", "infonce+mse"])
 def test_every_subset_of_requires_grad(backend, device, distance, wants):
+    skip_in_interpreter(backend, distance != "cosine" and len(wants) not in (0, 1, 5))
     args = inputs(7, 5, 6, dtype=finest(backend), device=device)
     args = {name: x.detach().requires_grad_(name in wants) for name, x in args.items()}
     if wants:
@@ -247,6 +257,7 @@ def test_every_subset_of_requires_grad(backend, device, distance, wants):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_zero_rows(backend, device, normalize, distance, dtype):
+    skip_in_interpreter(backend, dtype is not None and "+" not in distance)
     exactly, dtype = dtype is None, dtype or finest(backend)
     args = inputs(7, 13, 9, bias=False, row_weight=False, dtype=dtype, device=device)
     zero = {"student": [1, 3], "teacher": [1, 4, 5]}
@@ -291,6 +302,7 @@ def test_where_zero_begins(backend, device, normalize, side):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_rows_of_weight_0_are_left_out(backend, device, normalize, distance, garbage):
+    skip_in_interpreter(backend, garbage == garbage)  # all but NaN
     args, out = inputs(9, 13, 9, dtype=finest(backend), device=device), [2, 5, 8]
     with torch.no_grad():
         args["student"][out[:2]], args["teacher"][out[1:]] = garbage, garbage
@@ -303,10 +315,11 @@ def test_rows_of_weight_0_are_left_out(backend, device, normalize, distance, gar
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_row_weight_of_another_dtype(backend, device, distance, dtype):
+    skip_in_interpreter(backend, "+" not in distance)
     args = inputs(7, 13, 9, dtype=finest(backend), device=device)
     args["row_weight"] = args["row_weight"].detach().mul(10).ceil().to(dtype)
     for reduction in REDUCTIONS:
-        check(args, backend, distance=distance, reduction=reduction)
+        check(args, backend, distance=distance, reduction=reduction, temperature=0.7)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

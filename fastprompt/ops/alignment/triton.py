@@ -23,9 +23,9 @@ __all__ = ["alignment_loss", "why_not"]
 
 # Rows are taken in chunks whose z (and similarities, for "infonce") take so much: the cache of an H100 (50 MB) or A100
 # (40 MB) holds them until they are read again, and a chunk's product still fills the GPU.
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**25
 CHUNK_MULTIPLE = 128
-PROGRAMS = 256  # of moments_kernel, about: where rows are few, several programs divide their features
+PROGRAMS = 256  # of sums_kernel, about: where rows are few, several programs divide their features
 MERGED_ROWS = 128
 
 
@@ -36,14 +36,14 @@ def configuration(rows: int, columns: int, depth: int, dtype: torch.dtype) -> di
         rows, columns: how many a tile can typically fill: larger ones would compute on padding.
         depth: over how many features the products go.
     """
-    # float32 products run on the plain cores and hold twice the bytes.
-    most, depth_block, stages = (64, 16, 2) if dtype == torch.float32 else (128, 64, 3)
-    tile_rows, tile_columns = (min(most, block_of(x)) for x in (rows, columns))
+    # What keeps all in registers. float32 products run on the plain cores and hold twice the bytes.
+    most_rows, depth_block, stages = (64, 16, 2) if dtype == torch.float32 else (128, 64, 3)
+    tile_rows = min(most_rows, block_of(rows))
     return dict(
         ROWS=tile_rows,
-        COLUMNS=tile_columns,
+        COLUMNS=min(64, block_of(columns)),
         DEPTH_BLOCK=min(depth_block, block_of(depth)),
-        num_warps=8 if tile_rows == tile_columns == most else 4,
+        num_warps=8 if tile_rows >= 64 else 4,
         num_stages=stages,
     )
 
@@ -77,8 +77,8 @@ def _alignment_loss(
     losses = student.new_empty(len(student), dtype=torch.float32)
     grads = [None] * 5
     with torch.cuda.device_of(student):
-        if distance == "cosine" and not any(needs[:4]):
-            _cosine(losses, *tensors, *counted, normalize)
+        if distance == "cosine" and normalize != "layer" and not any(needs[:4]):
+            _cosine_losses(losses, *tensors, *counted, normalize)
         else:
             grads[:4] = _losses_and_gradients(losses, *tensors, *counted, normalize, distance, temperature, needs)
     loss = losses if reduction == "none" else losses.sum()
@@ -121,7 +121,7 @@ def _normalization(normalize: str) -> dict:
     return dict(NORMALIZE=normalize, EPS=LAYER_EPS if normalize == "layer" else L2_EPS)
 
 
-def _cosine(
+def _cosine_losses(
     losses: Tensor,
     student: Tensor,
     teacher: Tensor,
@@ -132,25 +132,27 @@ def _cosine(
     scale: float,
     normalize: str,
 ) -> None:
-    """Fill `losses` from sums of z^2, z t and t^2 alone: z is never in memory."""
+    """Fill `losses` from sums of z^2, t^2 and z t alone: z is never in memory.
+
+    Not for "layer", nor for mse, whose sums about the mean and between the rows cancel in these.
+    """
     (rows, features), depth = teacher.shape, student.shape[1]
     config = configuration(rows, features, depth, student.dtype)
     tiles, columns = triton.cdiv(rows, config["ROWS"]), config["COLUMNS"]
     splits = max(1, min(triton.cdiv(features, columns), PROGRAMS // tiles))
     features_per_split = triton.cdiv(triton.cdiv(features, splits), columns) * columns
     splits = triton.cdiv(features, features_per_split)
-    moments = losses.new_empty(splits, 5, rows)
-    triton_kernels.moments_kernel[(tiles, splits)](
-        *(student, teacher, weight, bias, row_weight, moments),
+    sums = losses.new_empty(splits, 3, rows)
+    triton_kernels.sums_kernel[(tiles, splits)](
+        *(student, teacher, weight, bias, row_weight, sums),
         *((student.stride(0), teacher.stride(0), weight.stride(0)), rows, features_per_split),
         STUDENT_FEATURES=depth,
         FEATURES=features,
-        NORMALIZE=normalize,
         PRECISION=precision(),
         **config,
     )
     triton_kernels.cosine_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
-        *(moments, row_weight, share, losses, rows, scale, splits, features_per_split),
+        *(sums, row_weight, share, losses, rows, scale, splits),
         FEATURES=features,
         ROWS=MERGED_ROWS,
         **_normalization(normalize),
@@ -178,7 +180,7 @@ def _losses_and_gradients(
     config, width, infonce = row_configuration(features), features, None
     if "infonce" in names:
         whole_z, width = F.linear(student, weight, bias), 2 * features + rows
-        unit, lse, infonce = _infonce(whole_z, teacher, row_weight, normalize, temperature)
+        unit, peaks, totals, infonce = _infonce(whole_z, teacher, row_weight, normalize, temperature)
     grad_student = torch.empty_like(student) if student_needs else None
     grad_teacher = torch.empty_like(teacher) if teacher_needs else None
     grad_weight = grad_bias = None
@@ -188,7 +190,7 @@ def _losses_and_gradients(
         part, grad_u, grad_v = slice(first, end), None, None
         z = F.linear(student[part], weight, bias) if infonce is None else whole_z[part]
         if infonce is not None:
-            options = unit, lse, row_weight, share, scale, temperature, first, end
+            options = unit, peaks, totals, row_weight, share, scale, temperature, first, end
             grad_u = _infonce_gradient(0, *options) if z_needs else None
             grad_v = _infonce_gradient(1, *options) if teacher_needs else None
         triton_kernels.row_kernel[(triton.cdiv(end - first, config["ROWS"]),)](
@@ -221,11 +223,11 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
 
 def _infonce(
     z: Tensor, teacher: Tensor, row_weight: Tensor | None, normalize: str, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised rows (2, N, Dt) of both sides, the log-sum-exps (2, N) of their similarities, the losses (2, N)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normalised rows (2, N, Dt) of both sides, and what infonce_kernel finds."""
     rows, features = z.shape
     unit = z.new_empty(2, rows, features)
-    lse, losses = torch.empty((2, 2, rows), dtype=torch.float32, device=z.device)
+    peaks, totals, losses = torch.empty((3, 2, rows), dtype=torch.float32, device=z.device)
     config = row_configuration(features)
     triton_kernels.normalize_kernel[(triton.cdiv(rows, config["ROWS"]),)](
         *(z, teacher, row_weight, unit, teacher.stride(0), rows),
@@ -233,20 +235,22 @@ def _infonce(
         **_normalization(normalize),
         **config,
     )
-    config = configuration(rows // 32, rows, features, z.dtype)  # 32: rather programs for the whole GPU than large tiles
+    # Programs for the whole GPU come before large tiles.
+    config = configuration(rows // 32, rows // 2, features, z.dtype)
     triton_infonce.infonce_kernel[(triton.cdiv(rows, config["ROWS"]), 2)](
-        *(unit, row_weight, lse, losses, rows, 1 / temperature),
+        *(unit, row_weight, peaks, totals, losses, rows, 1 / temperature),
         FEATURES=features,
         PRECISION=precision(),
         **config,
     )
-    return unit, lse, losses
+    return unit, peaks, totals, losses
 
 
 def _infonce_gradient(
     side: int,
     unit: Tensor,
-    lse: Tensor,
+    peaks: Tensor,
+    totals: Tensor,
     row_weight: Tensor | None,
     share: Tensor | None,
     scale: float,
@@ -260,7 +264,7 @@ def _infonce_gradient(
     config = configuration(end - first, rows, features, unit.dtype)
     grid = triton.cdiv(rows, config["COLUMNS"]), triton.cdiv(end - first, config["ROWS"])
     triton_infonce.similarity_gradient_kernel[grid](
-        *(unit, row_weight, share, lse, grad, side, first, end, rows, 1 / temperature, scale),
+        *(unit, row_weight, share, peaks, totals, grad, side, first, end, rows, 1 / temperature, scale),
         FEATURES=features,
         PRECISION=precision(),
         **config,

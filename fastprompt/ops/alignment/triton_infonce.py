@@ -2,8 +2,10 @@
 
     (log sum_j exp(s_ij - s_ii) + log sum_j exp(s_ji - s_ii)) / 2
 
-No s is kept: a program sweeps over the columns of its rows as flash attention does. unit (2, N, Dt) holds u and v; side 0
-is the rows of u against those of v, side 1 the other way round.
+The losses are found as in flash attention, in one sweep over the columns. Gradients are those of s for a chunk of its
+rows, in memory for torch.mm: the rows are too long for a program to hold the sums that flash attention keeps.
+
+unit (2, N, Dt) holds u and v. Side 0 is the rows of u against those of v, side 1 the other way round.
 """
 
 import triton
@@ -39,7 +41,8 @@ def similarities(
 def infonce_kernel(
     unit,
     row_weight,
-    lse,
+    peaks,
+    totals,
     losses,
     rows,
     scale,
@@ -49,7 +52,7 @@ def infonce_kernel(
     COLUMNS: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
 ):
-    """Both sides' log-sum-exp and loss: (2, N). Grid: (tiles of N, 2)."""
+    """Of both sides, (2, N): max_j s_ij, sum_j exp(s_ij - max) and the loss. Grid: (tiles of N, 2)."""
     side = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = find_kept(row_weight, row, rows)
@@ -64,11 +67,19 @@ def infonce_kernel(
         higher = tl.maximum(peak, tl.max(s, 1))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
         peak = higher
-    log_total = tl.log(tl.where(kept, total, 1.0))
+    # Never peak + log(total): at a small temperature that is large, and its rounding would show in each difference.
     written = side * rows + row
-    tl.store(lse + written, tl.where(kept, peak + log_total, 0.0), mask=row < rows)
-    # Not lse - own: at a small temperature both are large.
-    tl.store(losses + written, tl.where(kept, (peak - own) + log_total, 0.0), mask=row < rows)
+    tl.store(peaks + written, peak, mask=kept)
+    tl.store(totals + written, total, mask=kept)
+    tl.store(losses + written, (peak - own) + tl.log(total), mask=kept)
+
+
+@triton.jit
+def softmax_gradient(s, own, peaks, totals, share, first, i, kept, scale, AXIS: tl.constexpr):
+    """That of the losses i of one side; i, `kept` run along the rows of s or, with AXIS 0, along its columns."""
+    peak = tl.expand_dims(tl.load(peaks + first + i, mask=kept, other=0.0), AXIS)
+    total = tl.expand_dims(tl.load(totals + first + i, mask=kept, other=1.0), AXIS)
+    return tl.expand_dims(load_share(share, i, kept, scale), AXIS) * (tl.exp(s - peak) / total - own)
 
 
 @triton.jit
@@ -76,7 +87,8 @@ def similarity_gradient_kernel(
     unit,
     row_weight,
     share,
-    lse,
+    peaks,
+    totals,
     grad,
     side,
     first,
@@ -98,12 +110,9 @@ def similarity_gradient_kernel(
     row, column = first + local, tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kept, kept_column = find_kept(row_weight, row, end), find_kept(row_weight, column, rows)
     s = similarities(unit, side, row, column, rows, scale, FEATURES, PRECISION, ROWS, COLUMNS, DEPTH_BLOCK)
-    row_lse = tl.load(lse + side * rows + row, mask=kept, other=0.0)
-    column_lse = tl.load(lse + (1 - side) * rows + column, mask=kept_column, other=0.0)
     own = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
-    row_share = load_share(share, row, kept, share_scale)[:, None]
-    column_share = load_share(share, column, kept_column, share_scale)[None, :]
-    ds = row_share * (tl.exp(s - row_lse[:, None]) - own) + column_share * (tl.exp(s - column_lse[None, :]) - own)
+    ds = softmax_gradient(s, own, peaks, totals, share, side * rows, row, kept, share_scale, 1)
+    ds += softmax_gradient(s, own, peaks, totals, share, (1 - side) * rows, column, kept_column, share_scale, 0)
     ds = tl.where(kept[:, None] & kept_column[None, :], ds * (0.5 * scale), 0.0)
     target = grad + local.to(tl.int64)[:, None] * rows + column[None, :]
     tl.store(target, ds.to(grad.dtype.element_ty), mask=(row < end)[:, None] & (column < rows)[None, :])

@@ -59,42 +59,6 @@ def product_tile(
 
 
 @triton.jit
-def add_moments(
-    mean_z, mean_t, zz, tt, zt, count, more_mean_z, more_mean_t, more_zz, more_tt, more_zt, more_count, NORMALIZE
-):
-    """Means and sums of squares and products of `count` features and `more_count` further ones.
-
-    Under "layer" they are sums about the mean, which none of those of z^2, z t and t^2 can be had from without
-    cancellation: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances
-    (1979). Else the means are 0.
-    """
-    zz, tt, zt = zz + more_zz, tt + more_tt, zt + more_zt
-    if NORMALIZE == "layer":
-        part = more_count / (count + more_count)
-        step_z, step_t = more_mean_z - mean_z, more_mean_t - mean_t
-        zz += step_z * step_z * (count * part)
-        tt += step_t * step_t * (count * part)
-        zt += step_z * step_t * (count * part)
-        mean_z += step_z * part
-        mean_t += step_t * part
-    return mean_z, mean_t, zz, tt, zt
-
-
-@triton.jit
-def add_tile_moments(mean_z, mean_t, zz, tt, zt, count, z, t, there, more_count, NORMALIZE: tl.constexpr):
-    """The same with the features of a tile, zero where not `there`."""
-    tile_mean_z, tile_mean_t = mean_z * 0.0, mean_t * 0.0
-    if NORMALIZE == "layer":
-        tile_mean_z, tile_mean_t = tl.sum(z, 1) / more_count, tl.sum(t, 1) / more_count
-        z = tl.where(there, z - tile_mean_z[:, None], 0.0)
-        t = tl.where(there, t - tile_mean_t[:, None], 0.0)
-    return add_moments(
-        *(mean_z, mean_t, zz, tt, zt, count),
-        *(tile_mean_z, tile_mean_t, tl.sum(z * z, 1), tl.sum(t * t, 1), tl.sum(z * t, 1), more_count, NORMALIZE),
-    )
-
-
-@triton.jit
 def inverse_size(square, FEATURES: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
     """1 / norm or 1 / standard deviation from the sum of squares; 0 for a row that counts as zero."""
     if NORMALIZE == "none":
@@ -122,47 +86,52 @@ def find_sizes(
 ):
     """What to subtract from rows of z and t and then to multiply them by: (mean_z, mean_t, inverse_z, inverse_t)."""
     mean_z = tl.zeros((ROWS,), dtype=tl.float32)
-    mean_t, zz, tt, zt = mean_z, mean_z, mean_z, mean_z
-    if NORMALIZE != "none":
+    mean_t, zz, tt = mean_z, mean_z, mean_z
+    if NORMALIZE == "layer":
         for begin in range(0, FEATURES, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             there = kept[:, None] & (column < FEATURES)[None, :]
-            a, b = load_block(z, z_offset, column, there), load_block(teacher, t_offset, column, there)
-            count = tl.minimum(BLOCK, FEATURES - begin)
-            mean_z, mean_t, zz, tt, zt = add_tile_moments(
-                mean_z, mean_t, zz, tt, zt, begin, a, b, there, count, NORMALIZE
-            )
+            mean_z += tl.sum(load_block(z, z_offset, column, there), 1)
+            mean_t += tl.sum(load_block(teacher, t_offset, column, there), 1)
+        mean_z, mean_t = mean_z / FEATURES, mean_t / FEATURES
+    if NORMALIZE != "none":
+        for begin in range(0, FEATURES, BLOCK):  # about the mean: sums of squares alone would cancel
+            column = begin + tl.arange(0, BLOCK)
+            there = kept[:, None] & (column < FEATURES)[None, :]
+            a = tl.where(there, load_block(z, z_offset, column, there) - mean_z[:, None], 0.0)
+            b = tl.where(there, load_block(teacher, t_offset, column, there) - mean_t[:, None], 0.0)
+            zz += tl.sum(a * a, 1)
+            tt += tl.sum(b * b, 1)
     inverse_z = inverse_size(zz, FEATURES, NORMALIZE, EPS)
     return mean_z, mean_t, inverse_z, inverse_size(tt, FEATURES, NORMALIZE, EPS)
 
 
 @triton.jit
-def moments_kernel(
+def sums_kernel(
     student,
     teacher,
     weight,
     bias,
     row_weight,
-    moments,
+    sums,
     strides,
     rows,
     features_per_split,
     STUDENT_FEATURES: tl.constexpr,
     FEATURES: tl.constexpr,
-    NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
 ):
-    """The moments of rows of z and t over a part of the features: (splits, 5, N). Grid: (tiles of N, splits)."""
+    """Each row's sums of z^2, t^2 and z t over a part of the features: (splits, 3, N). Grid: (tiles of N, splits)."""
     student_stride, teacher_stride, weight_stride = strides
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = find_kept(row_weight, row, rows)
     first = tl.program_id(1) * features_per_split
     end = tl.minimum(first + features_per_split, FEATURES)
-    mean_z = tl.zeros((ROWS,), dtype=tl.float32)
-    mean_t, zz, tt, zt = mean_z, mean_z, mean_z, mean_z
+    zz = tl.zeros((ROWS,), dtype=tl.float32)
+    tt, zt = zz, zz
     for begin in range(first, end, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         z = product_tile(
@@ -174,48 +143,39 @@ def moments_kernel(
             z += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
             z = tl.where(there, z, 0.0)
         t = load_block(teacher, row.to(tl.int64) * teacher_stride, column, there)
-        mean_z, mean_t, zz, tt, zt = add_tile_moments(
-            *(mean_z, mean_t, zz, tt, zt, begin - first, z, t, there, tl.minimum(COLUMNS, end - begin), NORMALIZE),
-        )
-    there = row < rows
-    moment = moments + tl.program_id(1) * 5 * rows + row
-    tl.store(moment, mean_z, mask=there)
-    tl.store(moment + rows, mean_t, mask=there)
-    tl.store(moment + 2 * rows, zz, mask=there)
-    tl.store(moment + 3 * rows, tt, mask=there)
-    tl.store(moment + 4 * rows, zt, mask=there)
+        zz += tl.sum(z * z, 1)
+        tt += tl.sum(t * t, 1)
+        zt += tl.sum(z * t, 1)
+    written = sums + tl.program_id(1) * 3 * rows + row
+    tl.store(written, zz, mask=kept)
+    tl.store(written + rows, tt, mask=kept)
+    tl.store(written + 2 * rows, zt, mask=kept)
 
 
 @triton.jit
 def cosine_kernel(
-    moments,
+    sums,
     row_weight,
     share,
     losses,
     rows,
     scale,
     splits,
-    features_per_split,
     FEATURES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """losses (N,) from the moments of all splits. Grid: (tiles of N,)."""
+    """losses (N,) from the sums of all splits. Grid: (tiles of N,)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = find_kept(row_weight, row, rows)
-    mean_z = tl.zeros((ROWS,), dtype=tl.float32)
-    mean_t, zz, tt, zt = mean_z, mean_z, mean_z, mean_z
+    zz = tl.zeros((ROWS,), dtype=tl.float32)
+    tt, zt = zz, zz
     for split in range(splits):
-        moment = moments + split * 5 * rows + row
-        count = split * features_per_split
-        mean_z, mean_t, zz, tt, zt = add_moments(
-            *(mean_z, mean_t, zz, tt, zt, count),
-            *(tl.load(moment, mask=kept, other=0.0), tl.load(moment + rows, mask=kept, other=0.0)),
-            *(tl.load(moment + 2 * rows, mask=kept, other=0.0), tl.load(moment + 3 * rows, mask=kept, other=0.0)),
-            *(tl.load(moment + 4 * rows, mask=kept, other=0.0), tl.minimum(features_per_split, FEATURES - count)),
-            NORMALIZE,
-        )
+        read = sums + split * 3 * rows + row
+        zz += tl.load(read, mask=kept, other=0.0)
+        tt += tl.load(read + rows, mask=kept, other=0.0)
+        zt += tl.load(read + 2 * rows, mask=kept, other=0.0)
     cosine = zt * inverse_size(zz, FEATURES, NORMALIZE, EPS) * inverse_size(tt, FEATURES, NORMALIZE, EPS)
     tl.store(losses + row, load_share(share, row, kept, scale) * (1.0 - cosine), mask=row < rows)
 
