@@ -15,7 +15,7 @@ SEGMENT_POOL = {"native": ("cpu",), "triton": (), "reference": ()}
 OPERATORS = {
     "prefix_attention": {"native": DEVICE_TYPES, "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
-    "alignment_loss": {"native": ("cpu",), "reference": ()},
+    "alignment_loss": {"native": ("cpu",), "triton": (), "reference": ()},
     "segment_mean": SEGMENT_POOL,
     "segment_first": SEGMENT_POOL,
     "segment_last": SEGMENT_POOL,

@@ -1,38 +1,24 @@
-"""Compiles the Triton kernels of prefix attention for GPUs that need not be there, and shows what they use.
+"""Compiles the Triton kernels for GPUs that need not be there, and shows what they use.
 
-    python tests/ops/aot_triton.py [capability ...]        (80 and 90 by default)
+    python tests/ops/aot_triton.py [capability ...] [word ...]
 
-The host code runs as it is, on tensors of the CPU, and stops short of each launch. Exits with 1 where a kernel for
-16-bit heads of 64 or 128 features keeps anything outside of registers.
+The capabilities are 80 and 90 by default; with words, only cases whose name has one of them are compiled. The host code
+runs as it is, on tensors without memory, and stops short of each launch. Exits with 1 where a kernel that must fit in
+registers (those of attention for 16-bit heads of 64 or 128 features, and all of the alignment loss) does not.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 
-import torch
 import triton
+from aot_cases import cases
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastprompt.ops.prefix_attention import triton as backend
-
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-HEADS = (32, 64, 80, 128, 256)
-DTYPES = (torch.bfloat16, torch.float32)
-# (tokens a segment, length of the prefix): one fills the largest tiles, the other calls for small ones.
-LENGTHS = {"long": (384, 128), "short": (16, 16)}
-OPTIONS = {  # is_causal, window, softcap, prefix_in_window, dropout_p, H / Hkv, size of the bank
-    "plain": (False, None, None, False, 0.0, 1, 1),
-    "causal": (True, None, None, False, 0.0, 1, 1),
-    "bank": (True, None, None, False, 0.0, 4, 3),
-    "window": (True, 64, None, True, 0.0, 4, 1),
-    "softcap": (True, 64, 50.0, False, 0.0, 1, 1),
-    "dropout": (False, None, None, False, 0.1, 1, 1),
-}
 
 
 class Driver:
@@ -51,35 +37,24 @@ class Driver:
         return 0
 
 
-def compile_call(dtype, features, lengths, options) -> list[tuple[str, object]]:
-    """(kernel, what it compiled to) of one forward and backward."""
-    compiled = []
+def compile_call(call) -> list[tuple[str, object]]:
+    """(kernel, what it compiled to) of a call, each once however often it is launched."""
+    compiled = {}
     was = JITFunction.__getitem__
 
     def stop_short(kernel, grid):
-        return lambda *args, **kwargs: compiled.append(
-            (kernel.__name__, kernel.run(*args, grid=grid, warmup=True, **kwargs))
-        )
+        def launch(*args, **kwargs):
+            binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            compiled[binary.hash] = kernel.__name__, binary
 
-    is_causal, window, softcap, prefix_in_window, dropout_p, group, entries = options
-    tokens, prefix = lengths
-    segments, kv_heads = 8, 2
-    query = torch.zeros(segments * tokens, kv_heads * group, features, dtype=dtype)
-    key = torch.zeros(segments * tokens, kv_heads, features, dtype=dtype)
-    bank = torch.zeros(entries, kv_heads, prefix, features, dtype=dtype)
-    cu_seqlens = torch.arange(segments + 1, dtype=torch.int32) * tokens
-    prefix_index = None if entries == 1 else torch.zeros(segments, dtype=torch.int64)
-    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
-    common = (cu_seqlens, prefix_index, seed, is_causal, 0.125, window, softcap, prefix_in_window, dropout_p)
+        return launch
+
     JITFunction.__getitem__ = stop_short
     try:
-        out, lse = backend._prefix_attention(query, key, key.clone(), bank, bank.clone(), *common)
-        backend._prefix_attention_backward(
-            *(query.clone(), query, key, key.clone(), bank, bank.clone(), out, lse, *common, True, True, True)
-        )
+        call()
     finally:
         JITFunction.__getitem__ = was
-    return compiled
+    return list(compiled.values())
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -92,29 +67,26 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def main(capabilities: list[int]) -> int:
+def main(capabilities: list[int], words: list[str]) -> int:
     print(f"triton {triton.__version__}")
-    print("sm dtype    D    lengths option  | kernel            warps stages registers stack local shared")
-    cases = [
-        (capability, dtype, features, length, name)
-        for capability, dtype, features, length, name in product(capabilities, DTYPES, HEADS, LENGTHS, OPTIONS)
-        if name == "causal" or (features in (64, 128) and length == "long")
-    ]
+    print(f"sm {'case':39} | {'kernel':26} warps stages registers stack local shared")
     spilled = 0
-    for capability, dtype, features, length, name in cases:
+    for capability in capabilities:
         triton.runtime.driver.set_active(Driver(capability))
-        for kernel, compiled in compile_call(dtype, features, LENGTHS[length], OPTIONS[name]):
-            metadata, used = compiled.metadata, resources(compiled.asm["cubin"])
-            if dtype != torch.float32 and features in (64, 128):
-                spilled += used["STACK"] + used["LOCAL"]
-            print(
-                f"{capability} {str(dtype)[6:]:8} {features:<4} {length:7} {name:7} | {kernel:17} "
-                f"{metadata.num_warps:>5} {metadata.num_stages:>6} {used['REG']:>9} {used['STACK']:>5} "
-                f"{used['LOCAL']:>5} {metadata.shared:>6}",
-                flush=True,
-            )
+        for name, strict, call in cases():
+            if words and not any(word in name for word in words):
+                continue
+            for kernel, compiled in compile_call(call):
+                metadata, used = compiled.metadata, resources(compiled.asm["cubin"])
+                spilled += strict * (used["STACK"] + used["LOCAL"])
+                print(
+                    f"{capability} {name:39} | {kernel:26} {metadata.num_warps:>5} {metadata.num_stages:>6} "
+                    f"{used['REG']:>9} {used['STACK']:>5} {used['LOCAL']:>5} {metadata.shared:>6}",
+                    flush=True,
+                )
     return 1 if spilled else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main([int(argument) for argument in sys.argv[1:]] or [80, 90]))
+    numbers = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
+    sys.exit(main(numbers or [80, 90], [argument for argument in sys.argv[1:] if not argument.isdigit()]))

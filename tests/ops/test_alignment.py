@@ -1,5 +1,6 @@
 import copy
 import functools
+import importlib.util
 import itertools
 
 import pytest
@@ -9,7 +10,14 @@ import torch.nn.functional as F
 from fastprompt import _native
 from fastprompt.ops import alignment_loss
 
-BACKENDS = [None, "native", "reference"]  # every test runs on each of them
+if importlib.util.find_spec("triton"):
+    from fastprompt.ops._triton import INTERPRETED
+
+    TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
+else:
+    TRITON_DEVICE = None
+
+BACKENDS = [None, "native", "triton", "reference"]  # every test runs on each of them
 NORMALIZATIONS = ["l2", "layer", "none"]
 DISTANCES = ["cosine", "mse", "smooth_l1", "infonce", "infonce+cosine", "cosine+mse+smooth_l1"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,15 +127,32 @@ def check(args, backend, **options):
     grad = torch.randn_like(want)
     got = alignment_loss(**args, **options, backend=backend)
     found = gradients(got, args, grad)
-    torch.testing.assert_close(got.cpu(), want)  # the order of sums in float64
+    torch.testing.assert_close(got.cpu(), want, check_dtype=False)  # as close as the coarser of both dtypes allows
     for name, want_grad in gradients(want, true, grad).items():
-        torch.testing.assert_close(found[name].cpu(), want_grad, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name].cpu(), want_grad, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}"
+        )
     return found
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request):
+    device = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
+    if request.param == "triton" and device != TRITON_DEVICE:
+        pytest.skip("needs triton, and a CUDA device or TRITON_INTERPRET=1")
+    if request.param == "native" and (device != "cpu" or not _native.available("cpu")):
+        pytest.skip("needs the native library, and the CPU")
     return request.param
+
+
+def finest(backend):
+    """The dtype in which a backend is the most exact."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def skip_in_interpreter(backend, redundant):
+    if backend == "triton" and TRITON_DEVICE == "cpu" and redundant:
+        pytest.skip("slow in the interpreter, and other cases take the same path")
 
 
 @pytest.mark.parametrize("row_weight", [False, True])
@@ -135,7 +160,8 @@ def backend(request):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_values_and_gradients(backend, device, normalize, distance, bias, row_weight):
-    args = inputs(7, 13, 9, bias=bias, row_weight=row_weight, device=device)
+    skip_in_interpreter(backend, bias != row_weight)
+    args = inputs(7, 13, 9, bias=bias, row_weight=row_weight, dtype=finest(backend), device=device)
     for reduction in REDUCTIONS:
         check(args, backend, normalize=normalize, distance=distance, reduction=reduction, temperature=0.7)
 
@@ -144,15 +170,17 @@ def test_values_and_gradients(backend, device, normalize, distance, bias, row_we
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_shapes(backend, device, normalize, distance, shape):
-    check(inputs(*shape, device=device), backend, normalize=normalize, distance=distance, temperature=0.7)
+    skip_in_interpreter(backend, "+" not in distance or shape[0] == 63)
+    args = inputs(*shape, dtype=finest(backend), device=device)
+    check(args, backend, normalize=normalize, distance=distance, temperature=0.7)
 
 
 @pytest.mark.parametrize("temperature", [None, 0.05, 0.5, 3])
 def test_temperature(backend, device, temperature):
-    args = inputs(7, 13, 9, device=device)
+    args = inputs(7, 13, 9, dtype=finest(backend), device=device)
     got = alignment_loss(**args, distance="infonce", temperature=temperature, backend=backend)
     want = expected(exact(args), distance="infonce", temperature=0.05 if temperature is None else temperature)
-    torch.testing.assert_close(got.cpu(), want)
+    torch.testing.assert_close(got.cpu(), want, check_dtype=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,6 +188,7 @@ def test_temperature(backend, device, temperature):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_dtypes(backend, device, normalize, distance, shape, dtype):
+    skip_in_interpreter(backend, "+" not in distance or shape[0] in (1, 97))
     options = {"normalize": normalize, "distance": distance, "temperature": 0.7, "reduction": "none"}
     values = {name: ([], [], []) for name in ("loss", *NAMES)}
     for _ in range(1 + 12 // shape[0]):  # the error of a few rows is a matter of luck
@@ -184,6 +213,7 @@ def test_dtypes(backend, device, normalize, distance, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_output_dtype(backend, device, distance, dtype):
+    skip_in_interpreter(backend, "+" not in distance)
     args = inputs(97, 4, 3, dtype=dtype, device=device)
     run = functools.partial(alignment_loss, **args, distance=distance, backend=backend)
     rows, total, mean = (run(reduction=reduction) for reduction in ("none", "sum", "mean"))
@@ -212,7 +242,9 @@ def test_large_and_small_rows(backend, device, normalize, up, dtype):
 @pytest.mark.parametrize("wants", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids="+".join)
 @pytest.mark.parametrize("distance", ["cosine", "infonce+mse"])
 def test_every_subset_of_requires_grad(backend, device, distance, wants):
-    args = {name: x.detach().requires_grad_(name in wants) for name, x in inputs(7, 5, 6, device=device).items()}
+    skip_in_interpreter(backend, distance != "cosine" and len(wants) not in (0, 1, 5))
+    args = inputs(7, 5, 6, dtype=finest(backend), device=device)
+    args = {name: x.detach().requires_grad_(name in wants) for name, x in args.items()}
     if wants:
         assert tuple(check(args, backend, distance=distance)) == wants
     loss = alignment_loss(**args, distance=distance, backend=backend)
@@ -224,10 +256,12 @@ def test_every_subset_of_requires_grad(backend, device, distance, wants):
         torch.testing.assert_close(alignment_loss(**args, distance=distance, backend=backend), loss.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_zero_rows(backend, device, normalize, distance, dtype):
+    skip_in_interpreter(backend, dtype is not None and "+" not in distance)
+    exactly, dtype = dtype is None, dtype or finest(backend)
     args = inputs(7, 13, 9, bias=False, row_weight=False, dtype=dtype, device=device)
     zero = {"student": [1, 3], "teacher": [1, 4, 5]}
     with torch.no_grad():
@@ -236,7 +270,7 @@ def test_zero_rows(backend, device, normalize, distance, dtype):
         if normalize == "layer":
             args["teacher"][5] = 3.0  # 0 without its mean
     options = {"normalize": normalize, "distance": distance, "temperature": 0.7}
-    if dtype == torch.float64:
+    if exactly:
         check(args, backend, **options)
     loss = alignment_loss(**args, **options, backend=backend)
     for name, grad in gradients(loss, args, torch.tensor(1.0)).items():
@@ -250,7 +284,7 @@ def test_zero_rows(backend, device, normalize, distance, dtype):
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("normalize", ["l2", "layer"])
 def test_where_zero_begins(backend, device, normalize, side):
-    args = inputs(4, 6, 6, bias=False, row_weight=False, device=device)
+    args = inputs(4, 6, 6, bias=False, row_weight=False, dtype=finest(backend), device=device)
     sizes = torch.tensor([0.5, 0.99, 1.01, 2.0], dtype=torch.float64, device=device) * EPS[normalize]
     with torch.no_grad():
         args["weight"].copy_(torch.eye(6))
@@ -261,8 +295,8 @@ def test_where_zero_begins(backend, device, normalize, side):
         row *= (sizes / size)[:, None]
     options = {"normalize": normalize, "reduction": "none"}
     loss = alignment_loss(**args, **options, backend=backend)
-    torch.testing.assert_close(loss.cpu(), expected(exact(args), **options))
-    assert torch.equal(loss.detach()[:2].cpu(), torch.ones(2, dtype=torch.float64)) and (loss[2:] != 1).all()
+    torch.testing.assert_close(loss.cpu(), expected(exact(args), **options), check_dtype=False)
+    assert (loss[:2] == 1).all() and (loss[2:] != 1).all()
     grad = gradients(loss, args, torch.ones(4))[side]
     assert not grad[:2].any() and grad[2:].any(dim=1).all()
 
@@ -271,7 +305,8 @@ def test_where_zero_begins(backend, device, normalize, side):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_rows_of_weight_0_are_left_out(backend, device, normalize, distance, garbage):
-    args, out = inputs(9, 13, 9, device=device), [2, 5, 8]
+    skip_in_interpreter(backend, garbage == garbage)  # all but NaN
+    args, out = inputs(9, 13, 9, dtype=finest(backend), device=device), [2, 5, 8]
     with torch.no_grad():
         args["student"][out[:2]], args["teacher"][out[1:]] = garbage, garbage
     assert not args["row_weight"][out].any()
@@ -283,16 +318,17 @@ def test_rows_of_weight_0_are_left_out(backend, device, normalize, distance, gar
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_row_weight_of_another_dtype(backend, device, distance, dtype):
-    args = inputs(7, 13, 9, device=device)
+    skip_in_interpreter(backend, "+" not in distance)
+    args = inputs(7, 13, 9, dtype=finest(backend), device=device)
     args["row_weight"] = args["row_weight"].detach().mul(10).ceil().to(dtype)
     for reduction in REDUCTIONS:
-        check(args, backend, distance=distance, reduction=reduction)
+        check(args, backend, distance=distance, reduction=reduction, temperature=0.7)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_all_weights_0(backend, device, normalize, distance):
-    args = inputs(5, 6, 4, device=device)
+    args = inputs(5, 6, 4, dtype=finest(backend), device=device)
     with torch.no_grad():
         args["row_weight"].zero_()
     for reduction in REDUCTIONS:
@@ -305,7 +341,9 @@ def test_all_weights_0(backend, device, normalize, distance):
 @pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "infonce"])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_gradcheck(backend, device, normalize, distance, reduction):
-    args = inputs(4, 3, 5, device=device)
+    if backend == "triton":
+        pytest.skip("needs float64")
+    args = inputs(4, 3, 5, dtype=finest(backend), device=device)
     with torch.no_grad():
         args["row_weight"] += 0.5  # at 0 the row is left out: a jump
     options = dict(normalize=normalize, distance=distance, reduction=reduction, temperature=0.7, backend=backend)
@@ -336,7 +374,7 @@ def test_opcheck(optional, dtype, options):
 def test_no_second_derivative(backend):
     if backend == "reference":
         pytest.skip("plain PyTorch")
-    args = inputs(5, 4, 3)
+    args = inputs(5, 4, 3, dtype=finest(backend))
     for reduction in "mean", "none":
         loss = alignment_loss(**args, reduction=reduction, backend=backend).sum()
         (grad,) = torch.autograd.grad(loss, args["student"], create_graph=True)
@@ -345,15 +383,16 @@ def test_no_second_derivative(backend):
 
 
 def test_a_loss_that_is_scaled_and_differentiated_again(backend):
-    args = inputs(5, 4, 3)
+    args = inputs(5, 4, 3, dtype=finest(backend))
     loss = alignment_loss(**args, distance="infonce+mse", backend=backend)
     first, second = (torch.autograd.grad(loss * c, args["student"], retain_graph=True)[0] for c in (1.0, -2.5))
     torch.testing.assert_close(second, -2.5 * first)
     assert torch.equal(torch.autograd.grad(loss, args["student"])[0], first)  # what was handed out was not changed
 
 
-@pytest.mark.parametrize("dynamic, dtype", [(False, torch.float64), (True, torch.bfloat16)])
+@pytest.mark.parametrize("dynamic, dtype", [(False, None), (True, torch.bfloat16)])
 def test_compile(backend, device, dtype, dynamic):
+    dtype = dtype or finest(backend)
     torch.compiler.reset()
     compiled = torch.compile(alignment_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape, normalize in ((5, 6, 4), "l2"), ((9, 3, 7), "layer"):
@@ -366,7 +405,7 @@ def test_compile(backend, device, dtype, dynamic):
 
 
 def test_non_contiguous(backend, device):
-    args = inputs(7, 13, 9, device=device)
+    args = inputs(7, 13, 9, dtype=finest(backend), device=device)
     for name in ("student", "teacher", "weight"):
         args[name] = args[name].detach().T.contiguous().T.requires_grad_()
     for name in ("bias", "row_weight"):
@@ -383,7 +422,8 @@ def test_outputs_are_written_whole(backend, device):
     try:
         assert torch.empty(8, device=device).isnan().all()
         for distance, reduction in itertools.product(("cosine", "infonce"), REDUCTIONS):
-            check(inputs(63, 17, 33, device=device), backend, distance=distance, reduction=reduction)
+            args = inputs(63, 17, 33, dtype=finest(backend), device=device)
+            check(args, backend, distance=distance, reduction=reduction)
     finally:
         torch.use_deterministic_algorithms(was)
 
@@ -412,7 +452,7 @@ def test_outputs_are_written_whole(backend, device):
         ({"temperature": 0}, "temperature must be positive, got 0.0"),
         ({"temperature": -0.5}, "temperature must be positive, got -0.5"),
         ({"temperature": float("nan")}, "temperature must be positive, got nan"),
-        ({"backend": "gpu"}, "backend must be None or .*'reference'.*, got 'gpu'"),
+        ({"backend": "gpu"}, "backend must be None, .* or 'reference', got 'gpu'"),
     ],
 )
 def test_bad_input(backend, change, match):

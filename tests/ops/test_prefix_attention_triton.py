@@ -9,10 +9,11 @@ triton = pytest.importorskip("triton")
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from fastprompt.ops._triton import INTERPRETED  # noqa: E402
 from fastprompt.ops.prefix_attention import reference  # noqa: E402
 from fastprompt.ops.prefix_attention import triton as backend  # noqa: E402
 
-DEVICE = "cpu" if backend.INTERPRETED else "cuda"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 
 
@@ -88,9 +89,9 @@ LARGE = [
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.gpu) for case in LARGE)], ids=str)
 def test_against_float64(case, dtype):
     *shape, chosen = case
-    if backend.INTERPRETED and dtype == torch.bfloat16 and shape[3] != 32:
+    if INTERPRETED and dtype == torch.bfloat16 and shape[3] != 32:
         pytest.skip("float32 to the interpreter")
-    if backend.INTERPRETED and dtype == torch.float32 and shape[3] == 256:
+    if INTERPRETED and dtype == torch.float32 and shape[3] == 256:
         pytest.skip("the interpreter's sums of 256 products are NumPy's, less exact than PyTorch's")
     args, opts = inputs(*shape, dtype=dtype), options(shape[3], **chosen)
     grad = torch.randn_like(args[0])

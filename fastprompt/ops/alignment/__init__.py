@@ -1,6 +1,7 @@
 """alignment_loss: projection, normalisation and distance between two sets of vectors."""
 
-import torch
+import importlib.util
+
 from torch import Tensor
 
 from fastprompt import _native
@@ -15,8 +16,8 @@ __all__ = ["alignment_loss"]
 NORMALIZATIONS = ("l2", "layer", "none")
 DISTANCES = ("cosine", "mse", "smooth_l1", "infonce")
 REDUCTIONS = ("mean", "sum", "none")
-
-BACKENDS = ("native", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
+BACKENDS = ("native", "triton", "reference")
 
 
 def alignment_loss(
@@ -51,7 +52,8 @@ def alignment_loss(
             over both directions), or several joined by "+", whose losses are added.
         temperature: of "infonce"; None is 0.05.
         reduction: "mean" (weighted sum over the sum of weights; 0 if all weights are 0), "sum" (weighted), or "none".
-        backend: None chooses; "native" (C++, CPU only; loss and gradients in one pass) or "reference".
+        backend: None chooses; "native" (C++, CPU only), "triton" (GPUs, no float64) or "reference". The first two find
+            loss and gradients in one pass and have no second derivative.
 
     Returns:
         A scalar, or (N,) weighted rows for reduction "none"; float32, or float64 for float64 inputs.
@@ -95,21 +97,38 @@ def alignment_loss(
     temperature = 0.05 if temperature is None else float(temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    run = native.alignment_loss if _choose(backend, student) == "native" else reference.alignment_loss
-    return run(student, teacher, weight, bias, row_weight, normalize, distance, temperature, reduction)
+    args = student, teacher, weight, bias, row_weight, normalize, distance, temperature, reduction
+    backend = _choose(backend, student)
+    if backend == "triton":
+        from . import triton  # here, not at the top: it imports the package triton
+
+        return triton.alignment_loss(*args)
+    return native.alignment_loss(*args) if backend == "native" else reference.alignment_loss(*args)
 
 
 def _choose(backend: str | None, student: Tensor) -> str:
     """The backend that runs: the fastest that can, or the one asked for."""
     native_fits = student.device.type == "cpu" and _native.available("cpu")
     if backend is None:
-        return "native" if native_fits else "reference"
+        if native_fits:
+            return "native"
+        return "triton" if student.device.type == "cuda" and _why_not_triton(student) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "native" and not native_fits:
         reason = _native.why_not("cpu") or f"needs tensors on the CPU, got {student.device}"
         raise ValueError(f"backend 'native' is not available: {reason}")
+    if backend == "triton" and (reason := _why_not_triton(student)):
+        raise ValueError(f"backend 'triton' {reason}")
     return backend
+
+
+def _why_not_triton(student: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    from . import triton
+
+    return triton.why_not(student)
 
 
 def check_distance(distance: str) -> None:

@@ -7,12 +7,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fastprompt.ops import _triton
+from fastprompt.ops._triton import block_of, precision, readable
+
 from . import triton_backward as backward_kernels
 from . import triton_kernels as forward_kernels
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
-INTERPRETED = triton.knobs.runtime.interpret
 
 # (rows, columns, warps, stages) at most, by kernel and padded head dimension: what keeps all in registers.
 CONFIGURATIONS = {
@@ -38,7 +39,7 @@ def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, col
         features: D.
         rows, columns: how many rows and columns a tile can typically fill: larger ones would compute on padding.
     """
-    block = _block(features)
+    block = block_of(features)
     table = (FLOAT32_CONFIGURATIONS if dtype == torch.float32 else CONFIGURATIONS)[kernel]
     most_rows, most_columns, warps, stages = table[max(64, block)]
     tile_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
@@ -55,14 +56,6 @@ def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, col
     )
 
 
-def _block(features: int) -> int:
-    return max(16, triton.next_power_of_2(features))  # 16: the least that tl.dot takes
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
-
-
 def _typical(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
     """The mean segment's tokens, and its rows in a tile: one per token and query head of a group."""
     tokens = max(1, triton.cdiv(query.shape[0], max(1, cu_seqlens.shape[0] - 1)))
@@ -71,13 +64,6 @@ def _typical(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
 
 def _slots(rows: int, block: int, cu_seqlens: Tensor) -> int:
     return rows // block + cu_seqlens.shape[0] - 1  # see find_tile
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x with features side by side, in a type that the interpreter can compute with: it has no bfloat16."""
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
@@ -106,7 +92,7 @@ def _prefix_attention(
     prefix_in_window: bool,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    tensors = [_readable(x) for x in (query, key, value, prefix_key, prefix_value)]
+    tensors = [readable(x) for x in (query, key, value, prefix_key, prefix_value)]
     out, lse = _outputs(tensors[0])
     tokens, heads, features = query.shape
     kv_heads, prefix = key.shape[1], prefix_key.shape[2]
@@ -121,7 +107,7 @@ def _prefix_attention(
                 GROUP=heads // kv_heads,
                 CAUSAL=is_causal,
                 PREFIX_IN_WINDOW=prefix_in_window,
-                PRECISION=_precision(),
+                PRECISION=precision(),
                 **config,
             )
     return out.to(query.dtype), lse
@@ -163,7 +149,7 @@ def _prefix_attention_backward(
     """The five gradients; empty are the query's, the key's and value's and the prefix's, where not needed."""
     dtype = query.dtype
     grad, query, key, value, prefix_key, prefix_value, out = (
-        _readable(x) for x in (grad, query, key, value, prefix_key, prefix_value, out)
+        readable(x) for x in (grad, query, key, value, prefix_key, prefix_value, out)
     )
     needs = query_needs, segments_need, prefix_needs
     grads = _gradients(query, key, value, prefix_key, prefix_value, *needs)
@@ -172,13 +158,13 @@ def _prefix_attention_backward(
     typical, typical_rows = _typical(query, key, cu_seqlens)
     reach = _reach(window, is_causal)
     options = scale, reach, softcap, dropout_p
-    constants = dict(GROUP=group, PRECISION=_precision())
+    constants = dict(GROUP=group, PRECISION=precision())
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(query):
         if tokens:
             backward_kernels.delta_kernel[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
                 *(grad, out, delta, grad.stride()[:-1], tokens * heads, heads),
-                *(features, _block(features), DELTA_ROWS),
+                *(features, block_of(features), DELTA_ROWS),
             )
         if query_needs and tokens:
             config = configuration("query", features, query.dtype, typical_rows, max(typical, prefix))
@@ -285,13 +271,9 @@ _prefix_attention.register_autograd(_backward_formula, setup_context=_setup_cont
 
 def why_not(query: Tensor) -> str | None:
     """What keeps these kernels from such a query; None if nothing does."""
-    if query.dtype not in DTYPES:
-        return f"computes in float32, bfloat16 or float16, got {query.dtype}"
     if query.shape[-1] > LARGEST_HEAD:
         return f"takes heads of at most {LARGEST_HEAD} features, got {query.shape[-1]}"
-    if query.device.type == "cpu" and not INTERPRETED:
-        return "needs tensors on a GPU (or TRITON_INTERPRET=1 in the environment)"
-    return None
+    return _triton.why_not(query)
 
 
 def prefix_attention(

@@ -1,0 +1,33 @@
+"""What the Triton backends of several operators share. Imported only where triton is there."""
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def why_not(x: Tensor) -> str | None:
+    """What keeps the kernels from a tensor of this type and device; None if nothing does."""
+    if x.dtype not in DTYPES:
+        return f"computes in float32, bfloat16 or float16, got {x.dtype}"
+    if x.device.type == "cpu" and not INTERPRETED:
+        return "needs tensors on a GPU (or TRITON_INTERPRET=1 in the environment)"
+    return None
+
+
+def precision() -> str:
+    """That of products of float32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
+
+
+def readable(x: Tensor) -> Tensor:
+    """x with features side by side, in a type that the interpreter can compute with: it has no bfloat16."""
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def block_of(features: int) -> int:
+    return max(16, triton.next_power_of_2(features))  # 16: the least that tl.dot takes

@@ -1,0 +1,79 @@
+"""What aot_triton.py compiles: calls of the operators in the shapes that matter, by name.
+
+Each case is (name, whether all must stay in registers, call). The tensors have no memory, only shapes and types. Called
+is what an operator runs on a GPU: by its own name it would run its fake on them.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+
+from fastprompt.ops.alignment import triton as alignment
+from fastprompt.ops.prefix_attention import triton as prefix_attention
+
+DTYPES = (torch.bfloat16, torch.float32)
+Case = tuple[str, bool, Callable[[], object]]
+
+HEADS = (32, 64, 80, 128, 256)
+# (tokens a segment, length of the prefix): one fills the largest tiles, the other calls for small ones.
+LENGTHS = {"long": (384, 128), "short": (16, 16)}
+ATTENTION = {  # is_causal, window, softcap, prefix_in_window, dropout_p, H / Hkv, size of the bank
+    "plain": (False, None, None, False, 0.0, 1, 1),
+    "causal": (True, None, None, False, 0.0, 1, 1),
+    "bank": (True, None, None, False, 0.0, 4, 3),
+    "window": (True, 64, None, True, 0.0, 4, 1),
+    "softcap": (True, 64, 50.0, False, 0.0, 1, 1),
+    "dropout": (False, None, None, False, 0.1, 1, 1),
+}
+
+WIDTHS = (384, 768, 1024)
+ROWS = {"many": 4096, "few": 64}
+ALIGNMENT = {  # normalize, distance, whether weighted, whether gradients are wanted
+    "cosine": ("l2", "cosine", False, False),
+    "weighted": ("l2", "cosine", True, False),
+    "layer": ("layer", "cosine", True, False),
+    "train": ("l2", "cosine", False, True),
+    "contrast": ("l2", "infonce+cosine", False, True),
+    "all": ("layer", "cosine+mse+smooth_l1+infonce", True, True),
+}
+
+
+def cases() -> Iterator[Case]:
+    for dtype, features, length, name in product(DTYPES, HEADS, LENGTHS, ATTENTION):
+        if name == "causal" or (features in (64, 128) and length == "long"):
+            strict = dtype != torch.float32 and features in (64, 128)
+            call = partial(call_prefix_attention, dtype, features, LENGTHS[length], ATTENTION[name])
+            yield f"attention {str(dtype)[6:]:8} {features:<4} {length:5} {name:8}", strict, call
+    for dtype, features, rows, name in product(DTYPES, WIDTHS, ROWS, ALIGNMENT):
+        call = partial(call_alignment_loss, dtype, features, ROWS[rows], ALIGNMENT[name])
+        yield f"alignment {str(dtype)[6:]:8} {features:<4} {rows:5} {name:8}", True, call
+
+
+def call_prefix_attention(dtype, features, lengths, options) -> None:
+    """One forward and backward."""
+    is_causal, window, softcap, prefix_in_window, dropout_p, group, entries = options
+    tokens, prefix = lengths
+    segments, kv_heads = 8, 2
+    query = torch.empty(segments * tokens, kv_heads * group, features, dtype=dtype, device="meta")
+    key = torch.empty(segments * tokens, kv_heads, features, dtype=dtype, device="meta")
+    bank = torch.empty(entries, kv_heads, prefix, features, dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(segments + 1, dtype=torch.int32, device="meta")
+    prefix_index = None if entries == 1 else torch.empty(segments, dtype=torch.int64, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
+    common = (cu_seqlens, prefix_index, seed, is_causal, 0.125, window, softcap, prefix_in_window, dropout_p)
+    tensors = query, key, key, bank, bank
+    out, lse = prefix_attention._prefix_attention._init_fn(*tensors, *common)
+    prefix_attention._prefix_attention_backward._init_fn(query, *tensors, out, lse, *common, True, True, True)
+
+
+def call_alignment_loss(dtype, features, rows, options) -> None:
+    """One forward, with the gradients if wanted."""
+    normalize, distance, weighted, trains = options
+    student, weight = (torch.empty(n, features, dtype=dtype, device="meta") for n in (rows, features))
+    row_weight = torch.empty(rows, device="meta") if weighted else None
+    alignment._alignment_loss._init_fn(
+        *(student, student, weight, weight[0], row_weight, None, normalize, distance, 0.05, "mean"),
+        [trains, trains and weighted, trains, trains, trains and weighted],
+    )
