@@ -83,7 +83,7 @@ def test_alignment_loss(benchmark, shape, device):
 
 
 def flops(distance: str, rows: int, size: int) -> int:
-    """What must be done: three products with the projection and, the teacher being frozen, two with the similarities."""
+    """What must be done: three products with the projection; two with the similarities, as the teacher is frozen."""
     return 6 * rows * size * size + ("infonce" in distance) * 4 * rows * rows * size
 
 

@@ -16,6 +16,7 @@ OPERATORS = {
     "prefix_attention": {"native": DEVICE_TYPES, "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
     "alignment_loss": {"native": ("cpu",), "triton": (), "reference": ()},
+    "linear_cross_entropy": {"chunked": (), "reference": ()},
     "segment_mean": SEGMENT_POOL,
     "segment_first": SEGMENT_POOL,
     "segment_last": SEGMENT_POOL,
