@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
@@ -93,19 +94,17 @@ Tensor segment_pool_backward(const Tensor& grad_, const Tensor& cu_seqlens_, int
       std::memset(static_cast<void*>(out + begin * width), 0, (end - begin) * width * sizeof(T));
     };
     torch::stable::parallel_for(0, rows, items_per_thread(width), [&](int64_t first, int64_t last) {
+      std::vector<T> share(width);  // copied from here: the row above is still on its way to memory
       for (int64_t row = first, segment = packed.segment_of(row); row < last; ++segment) {
         const Rows taken = taken_rows(packed, segment, take);
         const int64_t end = std::min(packed.begin(segment + 1), last);
         const int64_t taken_begin = std::clamp(taken.begin, row, end), taken_end = std::clamp(taken.end, row, end);
         const A count = static_cast<A>(taken.end - taken.begin);
         zero_rows(row, taken_begin);
-        for (row = taken_begin; row < taken_end; ++row) {
-          T* to = out + row * width;
-          if (row > taken_begin)
-            std::memcpy(to, to - width, width * sizeof(T));
-          else
-            for (int64_t e = 0; e < width; ++e) to[e] = static_cast<T>(static_cast<A>(in[segment * width + e]) / count);
-        }
+        if (taken_begin < taken_end)
+          for (int64_t e = 0; e < width; ++e)
+            share[e] = static_cast<T>(static_cast<A>(in[segment * width + e]) / count);
+        for (row = taken_begin; row < taken_end; ++row) std::memcpy(out + row * width, share.data(), width * sizeof(T));
         zero_rows(row, end);
         row = end;
       }

@@ -73,7 +73,8 @@ def test_native_is_the_choice_on_the_cpu():
 def test_values_and_gradient(backend, device, lengths, dtype):
     if reason := why_not(backend, device, dtype):
         pytest.skip(reason)
-    for function, width in itertools.product(FUNCTIONS, [1, 33, 384]):
+    widest = 100 if backend == "triton" else 384  # its interpreter is slow
+    for function, width in itertools.product(FUNCTIONS, [1, 33, widest]):
         hidden, cu_seqlens = inputs(lengths, width, dtype, device)
         exact, absolute = (x.requires_grad_() for x in (hidden.detach().double(), hidden.detach().double().abs()))
         grad = torch.randn(len(lengths), width, device=device).to(dtype)

@@ -169,8 +169,10 @@ struct Call {
     const A* from = du.const_data_ptr<A>();
     A* sum = grad_bias.mutable_data_ptr<A>();
     torch::stable::parallel_for(0, features, std::max<int64_t>(64, kGrain / rows), [&](int64_t begin, int64_t end) {
+      std::vector<double> columns(end - begin);  // one row after the other, float32 would lose digits
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = begin; k < end; ++k) sum[k] += from[i * features + k];
+        for (int64_t k = begin; k < end; ++k) columns[k - begin] += from[i * features + k];
+      for (int64_t k = begin; k < end; ++k) sum[k] += static_cast<A>(columns[k - begin]);
     });
   }
 };
