@@ -10,13 +10,14 @@ from fastprompt import __version__, _native
 
 PACKAGES = ("transformers", "peft", "triton")
 DEVICE_TYPES = ("cpu", "cuda")  # those a native library may exist for
+OPTIONAL_PACKAGES = ("triton", "cut_cross_entropy")  # backends that are named for what they need
 SEGMENT_POOL = {"native": ("cpu",), "triton": (), "reference": ()}
 # Backends of each operator, in the order of preference, and the native libraries that have it.
 OPERATORS = {
     "prefix_attention": {"native": DEVICE_TYPES, "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
     "alignment_loss": {"native": ("cpu",), "triton": (), "reference": ()},
-    "linear_cross_entropy": {"chunked": (), "reference": ()},
+    "linear_cross_entropy": {"cut_cross_entropy": (), "chunked": (), "reference": ()},
     "segment_mean": SEGMENT_POOL,
     "segment_first": SEGMENT_POOL,
     "segment_last": SEGMENT_POOL,
@@ -41,13 +42,13 @@ def describe() -> None:
     print("\noperators and their backends")
     for operator, backends in OPERATORS.items():
         for backend, devices in backends.items():
-            if backend == "triton":
-                state = _state(None if find_spec("triton") else "the package triton is not installed")
+            if backend in OPTIONAL_PACKAGES:
+                state = _state(None if find_spec(backend) else f"the package {backend} is not installed")
             elif devices:
                 state = "; ".join(f"{device}: {_state(_native.why_not(device))}" for device in devices)
             else:
                 state = _state(None)
-            print(f"  {operator:16}  {backend:9}  {state}")
+            print(f"  {operator:20}  {backend:17}  {state}")
 
 
 def _version(package: str) -> str:

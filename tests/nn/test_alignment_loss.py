@@ -101,6 +101,13 @@ def test_bfloat16_module():
     assert value.dtype == torch.float32 and loss.weight.grad.dtype == loss.bias.grad.dtype == torch.bfloat16
 
 
+def test_other_dtypes_are_brought_to_the_projections():
+    student, teacher = vectors(3, 5)
+    loss = AlignmentLoss(3, 5)
+    got = loss(student.bfloat16(), teacher.half())
+    torch.testing.assert_close(got, loss(student.bfloat16().float(), teacher.half().float()), rtol=0, atol=0)
+
+
 def test_frozen_inputs_get_no_gradient():
     student, teacher = vectors(3, 5)
     student.requires_grad_()
@@ -120,9 +127,9 @@ def test_state_dict_round_trip():
 
 def test_repr():
     text = AlignmentLoss(3, 5).extra_repr()
-    assert text == "3, 5, bias=False, normalize='l2', distance='cosine', temperature=None"
-    text = AlignmentLoss(4, 2, normalize="none", distance="mse+infonce").extra_repr()
-    assert text == "4, 2, bias=False, normalize='none', distance='mse+infonce', temperature=None"
+    assert text == "3, 5, bias=False, normalize='l2', distance='cosine', temperature=None, pooling='mean', gather=False"
+    text = AlignmentLoss(4, 2, distance="mse+infonce", pooling="last", gather=True).extra_repr()
+    assert "distance='mse+infonce', temperature=None, pooling='last', gather=True" in text
 
 
 @pytest.mark.parametrize(
@@ -145,8 +152,8 @@ def test_bad_options(options, match):
         (torch.ones(7, 4), torch.ones(7, 5), r"weight must have shape \(5, 4\) .*, got \(5, 3\)"),
         (torch.ones(7, 3), torch.ones(7, 4), r"weight must have shape \(4, 3\) .*, got \(5, 3\)"),
         (torch.ones(7, 3), torch.ones(6, 5), r"teacher must have shape \(7, 5\) .*, got \(6, 5\)"),
-        (torch.ones(2, 7, 3), torch.ones(2, 7, 5), "must have two dimensions"),
-        (torch.ones(7, 3).half(), torch.ones(7, 5).half(), "weight must be torch.float16, as student is"),
+        (torch.ones(2, 7, 3), torch.ones(3, 7, 5), r"teacher must have shape \(2, 5\) .*, got \(3, 5\)"),
+        (torch.ones(3), torch.ones(7, 5), "must have two dimensions"),
     ],
 )
 def test_bad_input(student, teacher, match):

@@ -88,14 +88,15 @@ def test_no_logits_beyond_a_chunk(monkeypatch):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            seen.append((function.overloadpacket, out.numel() if isinstance(out, torch.Tensor) else 0))
+            new = isinstance(out, torch.Tensor) and out.data_ptr() != weight.data_ptr()
+            seen.append((function.overloadpacket, out.numel() if new else 0))
             return out
 
     monkeypatch.setattr(chunked, "CHUNK", 4 * 1000)
     hidden, weight, target = inputs(10, 6, 1000, torch.float32)
     with Watch():
         linear_cross_entropy(hidden, weight, target).backward()
-    assert max(size for function, size in seen if function != torch.ops.aten.t) <= 4 * 1000
+    assert max(size for _, size in seen) <= 4 * 1000
     assert sum(function == torch.ops.aten.mm for function, _ in seen) == 2 * 3
 
 
