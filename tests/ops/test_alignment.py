@@ -167,7 +167,7 @@ def test_values_and_gradients(backend, device, normalize, distance, bias, row_we
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_shapes(backend, device, normalize, distance, shape):
-    skip_in_interpreter(backend, "+" not in distance or shape[0] == 63)
+    skip_in_interpreter(backend, "+" not in distance or shape in ((63, 80, 31), (97, 1, 3)))
     args = inputs(*shape, dtype=finest(backend), device=device)
     check(args, backend, normalize=normalize, distance=distance, temperature=0.7)
 
@@ -185,7 +185,9 @@ def test_temperature(backend, device, temperature):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_dtypes(backend, device, normalize, distance, shape, dtype):
-    skip_in_interpreter(backend, "+" not in distance or shape[0] in (1, 97))
+    skip_in_interpreter(
+        backend, "+" not in distance or shape[0] in (1, 97) or (dtype == torch.bfloat16 and shape[0] == 63)
+    )
     options = {"normalize": normalize, "distance": distance, "temperature": 0.7, "reduction": "none"}
     values = {name: ([], [], []) for name in ("loss", *NAMES)}
     for _ in range(1 + 12 // shape[0]):  # the error of a few rows is a matter of luck
@@ -325,6 +327,7 @@ def test_row_weight_of_another_dtype(backend, device, distance, dtype):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_all_weights_0(backend, device, normalize, distance):
+    skip_in_interpreter(backend, "+" not in distance)
     args = inputs(5, 6, 4, dtype=finest(backend), device=device)
     with torch.no_grad():
         args["row_weight"].zero_()

@@ -138,10 +138,9 @@ def sums_kernel(
             *(student, weight, row.to(tl.int64) * student_stride, column.to(tl.int64) * weight_stride),
             *(kept, column < end, STUDENT_FEATURES, PRECISION, ROWS, COLUMNS, DEPTH_BLOCK),
         )
-        there = kept[:, None] & (column < end)[None, :]
         if bias is not None:
             z += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
-            z = tl.where(there, z, 0.0)
+        there = kept[:, None] & (column < end)[None, :]
         t = load_block(teacher, row.to(tl.int64) * teacher_stride, column, there)
         zz += tl.sum(z * z, 1)
         tt += tl.sum(t * t, 1)
