@@ -146,9 +146,9 @@ def sums_kernel(
         tt += tl.sum(t * t, 1)
         zt += tl.sum(z * t, 1)
     written = sums + tl.program_id(1) * 3 * rows + row
-    tl.store(written, zz, mask=kept)
-    tl.store(written + rows, tt, mask=kept)
-    tl.store(written + 2 * rows, zt, mask=kept)
+    tl.store(written, zz, mask=row < rows)
+    tl.store(written + rows, tt, mask=row < rows)
+    tl.store(written + 2 * rows, zt, mask=row < rows)
 
 
 @triton.jit
