@@ -185,9 +185,7 @@ def test_temperature(backend, device, temperature):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_dtypes(backend, device, normalize, distance, shape, dtype):
-    skip_in_interpreter(
-        backend, "+" not in distance or shape[0] in (1, 97) or (dtype == torch.bfloat16 and shape[0] == 63)
-    )
+    skip_in_interpreter(backend, "+" not in distance or shape[0] != 5)
     options = {"normalize": normalize, "distance": distance, "temperature": 0.7, "reduction": "none"}
     values = {name: ([], [], []) for name in ("loss", *NAMES)}
     for _ in range(1 + 12 // shape[0]):  # the error of a few rows is a matter of luck

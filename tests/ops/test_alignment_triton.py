@@ -56,7 +56,7 @@ def test_rows_longer_than_a_block(normalize):
     for wants in NAMES, ():
         args = arguments(3, 5, 2048 + 37, wants=wants)
         if wants:
-            check(args, "triton", normalize=normalize, distance="cosine+smooth_l1+infonce", temperature=50)
+            check(args, "triton", normalize=normalize, distance="cosine+smooth_l1")
         got, want = (
             alignment_loss(**args, normalize=normalize, backend=name).detach() for name in ("triton", "reference")
         )
