@@ -71,7 +71,8 @@ def infonce_kernel(
     written = side * rows + row
     tl.store(peaks + written, peak, mask=kept)
     tl.store(totals + written, total, mask=kept)
-    tl.store(losses + written, (peak - own) + tl.log(total), mask=kept)
+    log_total = tl.log(tl.where(kept, total, 1.0))
+    tl.store(losses + written, (peak - own) + log_total, mask=kept)
 
 
 @triton.jit

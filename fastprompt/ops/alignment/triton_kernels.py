@@ -138,18 +138,17 @@ def sums_kernel(
             *(student, weight, row.to(tl.int64) * student_stride, column.to(tl.int64) * weight_stride),
             *(kept, column < end, STUDENT_FEATURES, PRECISION, ROWS, COLUMNS, DEPTH_BLOCK),
         )
-        there = kept[:, None] & (column < end)[None, :]
         if bias is not None:
             z += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
-            z = tl.where(there, z, 0.0)
+        there = kept[:, None] & (column < end)[None, :]
         t = load_block(teacher, row.to(tl.int64) * teacher_stride, column, there)
         zz += tl.sum(z * z, 1)
         tt += tl.sum(t * t, 1)
         zt += tl.sum(z * t, 1)
     written = sums + tl.program_id(1) * 3 * rows + row
-    tl.store(written, zz, mask=kept)
-    tl.store(written + rows, tt, mask=kept)
-    tl.store(written + 2 * rows, zt, mask=kept)
+    tl.store(written, zz, mask=row < rows)
+    tl.store(written + rows, tt, mask=row < rows)
+    tl.store(written + 2 * rows, zt, mask=row < rows)
 
 
 @triton.jit
