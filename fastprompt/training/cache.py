@@ -39,6 +39,8 @@ def cached(
         blocks: gives the tensor in parts, along the first dimension, on the CPU.
 
     Raises:
+        OSError: it cannot be written.
+        RuntimeError: `blocks` gives another shape or dtype.
         ValueError: the tensor alone is above the limit.
     """
     file = folder / (key + _SUFFIX)
@@ -58,7 +60,10 @@ def cached(
                 out.write(data)
                 checksum = zlib.crc32(data, checksum)
             out.write(checksum.to_bytes(_CHECKSUM, "little"))
-        return _read(aside, shape, dtype)  # before it has a name that others may remove
+        tensor = _read(aside, shape, dtype)  # before it has a name that others may remove
+        if tensor is None:
+            raise RuntimeError(f"blocks must give {tuple(shape)} of {dtype}; {aside} does not hold that")
+        return tensor
 
     return write_aside(file, write)
 

@@ -165,6 +165,8 @@ def test_an_error_leaves_no_file(folder):
 
     with pytest.raises(KeyboardInterrupt):
         cached(folder, "key", SHAPE, torch.float32, broken)
+    with pytest.raises(RuntimeError, match=r"blocks must give \(6, 5\) of torch.float64"):
+        cached(folder, "key", SHAPE, torch.float64, lambda: rows(1.0))
     assert not list(folder.iterdir())
 
 

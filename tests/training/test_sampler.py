@@ -30,7 +30,7 @@ def ranks(lengths, max_tokens, world_size, epoch=0, **options):
 @pytest.mark.parametrize("per_sentence, per_batch", [(0, 0), (16, 0), (0, 16)])
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_full_and_even(world_size, per_sentence, per_batch):
-    lengths, budget = sentence_lengths(20_000), 2048
+    lengths, budget = sentence_lengths(6000), 2048
     options = dict(rows_per_sentence=per_sentence, rows_per_batch=per_batch)
     batches = ranks(lengths, budget, world_size, **options)
     assert len({len(of_rank) for of_rank in batches}) == 1
