@@ -4,7 +4,8 @@
 
 Models of real shapes with random weights, since time does not depend on them. A ragged batch of sentence pairs,
 padded to its longest. Loss and prompt gradient are checked equal, then both steps are timed in turn: `stock_over_ours`
-is the median of the ratios turn by turn.
+is the median of the ratios turn by turn. And a step of a prefix in the upper half of the encoder, whole and begun from
+what the lower half gave once.
 """
 
 import copy
@@ -83,3 +84,28 @@ def test_step(benchmark, shape, kind, device):
     benchmark.extra_info["stock_over_ours"] = ratio(seconds["stock"], seconds["ours"])
     benchmark.extra_info["stock_seconds"] = statistics.median(seconds["stock"])
     benchmark.pedantic(step, (fused,), rounds=TURNS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_upper_half(benchmark, device):
+    """Frozen lower layers, run each step and read from what they gave before."""
+    torch.manual_seed(0)
+    config = fastprompt.PromptConfig("prefix", PROMPT_ROWS, layers=range(6, 12))
+    backbone = transformers.AutoModel.from_config(CONFIGS["encoder-12x384"])
+    model = fastprompt.PromptModel(backbone, config).to(device).eval()
+    inputs = ragged_batch(CONFIGS["encoder-12x384"].vocab_size, device, causal=False)
+    lower = model.lower_states(**inputs)
+
+    def step(lower_states):
+        loss = model(**inputs, lower_states=lower_states).last_hidden_state.sum(1).square().mean()
+        model.zero_grad()
+        loss.backward()
+        return loss.detach(), model.prompt.weight.grad
+
+    for whole, started in zip(step(None), step(lower), strict=True):
+        assert torch.equal(whole, started)
+    seconds = in_turns({"whole": lambda: step(None), "started": lambda: step(lower)}, 3 * TURNS, device)
+    benchmark.group = f"encoder-12x384 prefix in the upper half {device}"
+    benchmark.extra_info["whole_over_started"] = ratio(seconds["whole"], seconds["started"])
+    benchmark.extra_info["whole_seconds"] = statistics.median(seconds["whole"])
+    benchmark.pedantic(step, (lower,), rounds=TURNS)

@@ -1,10 +1,14 @@
 """Files that matter are written aside and renamed: a reader finds the old one or the new one, whole."""
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def cache_folder() -> Path:
@@ -12,12 +16,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTPROMPT_CACHE") or Path.home() / ".cache" / "fastprompt")
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file beside `path`, of the same suffix, then put it in its place."""
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def write_aside(path: Path, write: Callable[[Path], Result]) -> Result:
+    """Have `write` write a file beside `path`, of the same suffix, put it in its place and return what `write` did."""
+    # No process id: processes of two machines, or threads, may share the folder.
+    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
-        write(aside)
+        result = write(aside)
         os.replace(aside, path)
+        return result
     finally:
         aside.unlink(missing_ok=True)
 

@@ -67,6 +67,12 @@ def train(
     max_length: Annotated[int, Option(help="Tokens of a sentence; what is longer is cut.")] = 256,
     epochs: int = 5,
     batch_size: int = 16,
+    max_tokens: Annotated[
+        int | None, Option(help="Instead of --batch-size: tokens of a step, with prompt rows at the input.")
+    ] = None,
+    cache_layers: Annotated[
+        bool, Option("--cache-layers", help="Compute the layers below the first prefix once, and keep that on disk.")
+    ] = False,
     lr: Annotated[float, Option(help="Learning rate of the prompt.")] = 1e-2,
     projection_lr: Annotated[float, Option(help="Learning rate of the projection.")] = 1e-4,
     seed: int = 0,
@@ -89,6 +95,8 @@ def train(
             max_length=max_length,
             epochs=epochs,
             batch_size=batch_size,
+            max_tokens=max_tokens,
+            cache_layers=cache_layers,
             lr=lr,
             projection_lr=projection_lr,
             seed=seed,
@@ -105,7 +113,7 @@ def train(
         f"{summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds_per_step']:.3f} s a step, "
         f"peak memory {summary['peak_memory_mb']:.0f} MiB; adapter and curves are in {out}"
     )
-    if summary["steps"] < -(-len(pairs) // batch_size) * epochs:
+    if summary["steps"] < summary["planned_steps"]:
         typer.echo("Stopped early; what was learned is kept. Go on with --resume and the same settings.")
         raise typer.Exit(130)
 

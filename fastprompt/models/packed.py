@@ -1,6 +1,8 @@
 """PackedBackbone: runs a transformers model on the packed tokens of a padded batch, with a prompt."""
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class PackedBackbone:
         prefix_in_window: bool = False,
         labels: Tensor | None = None,
         all_logits: bool = True,
+        start: tuple[int, Tensor] | None = None,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
 
@@ -51,16 +54,49 @@ class PackedBackbone:
             prefix_in_window: see `fastprompt.ops.prefix_attention`.
             labels: (B, L), for a causal language model the next-token labels; other heads are handed them as they are.
             all_logits: for a causal language model, whether the logits of all text positions are wanted.
+            start: a layer and the (T, D) hidden states that `lower_states` gave for it and the same inputs: embedding
+                and lower layers, which must have no prompt, are left out.
         """
         self.check_inputs(inputs)
         call = _Call(self, prefix or {}, prompt, position_offset, prefix_in_window)
-        if self.is_causal_lm:
-            batch = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            if labels is not None and labels.shape != batch.shape[:2]:
-                raise ValueError(f"labels must be {tuple(batch.shape[:2])}, as the batch, got {tuple(labels.shape)}")
-            call.labels, call.all_logits = labels, all_logits
-            return call.causal_lm(inputs)
-        return call.run(inputs if labels is None else inputs | {"labels": labels})
+        layer, call.states = start or (0, None)
+        if start is not None and (prompt is not None or not 0 < layer <= min(call.prefix, default=layer)):
+            raise ValueError(f"start must be at a layer above 0 with no prompt below it, got layer {layer}")
+        if start is not None and inputs.get("output_hidden_states"):
+            raise ValueError(f"output_hidden_states must not be set with a start at layer {layer}: none below it runs")
+        with self._stand_in(range(layer), call.states):
+            if self.is_causal_lm:
+                batch = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+                if labels is not None and labels.shape != batch.shape[:2]:
+                    raise ValueError(
+                        f"labels must be {tuple(batch.shape[:2])}, as the batch, got {tuple(labels.shape)}"
+                    )
+                call.labels, call.all_logits = labels, all_logits
+                return call.causal_lm(inputs)
+            return call.run(inputs if labels is None else inputs | {"labels": labels})
+
+    @torch.no_grad()
+    def lower_states(self, inputs: dict, layer: int, position_offset: int = 0) -> Tensor:
+        """The (T, D) hidden states that enter a layer below which there is no prompt, sentence after sentence."""
+        self.check_inputs(inputs)
+        call = _Call(self, {}, None, position_offset, False)
+        with self._stand_in(range(layer, self.geometry.layers)) as stand:
+            call.run(inputs, self.base)
+        return stand.states.squeeze(0)
+
+    @contextmanager
+    def _stand_in(self, which: Sequence[int], states: Tensor | None = None) -> Iterator["_StandIn"]:
+        """For a while, one stand-in in the place of each of those layers: their list stays as long as it was."""
+        lists = (module for module in self.base.modules() if isinstance(module, nn.ModuleList))
+        layers = next(modules for modules in lists if len(modules) == self.geometry.layers) if which else []
+        stand, own = _StandIn(None if states is None else states.unsqueeze(0)), {i: layers[i] for i in which}
+        try:
+            for i in own:
+                layers[i] = stand
+            yield stand
+        finally:
+            for i, layer in own.items():
+                layers[i] = layer
 
     def check_inputs(self, inputs: dict) -> None:
         """Raise a ValueError for what a packed pass cannot do, before any work."""
@@ -100,15 +136,16 @@ class _Call:
         self.labels: Tensor | None = None
         self.all_logits = True
         self.front = 0  # prompt rows that stand once before all segments
+        self.states: Tensor | None = None  # (T, D) to start from above the embedding
 
-    def run(self, inputs: dict):
+    def run(self, inputs: dict, model: nn.Module | None = None):
         base = self.owner.base
         hooks = [
             base.register_forward_pre_hook(self.pack, with_kwargs=True),
             base.register_forward_hook(self.unpack),
         ]
         try:
-            return self.owner.model(**inputs)
+            return (self.owner.model if model is None else model)(**inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -130,7 +167,11 @@ class _Call:
         if stock["token_type_ids"] is not None:
             packed["token_type_ids"] = stock["token_type_ids"].flatten()[packing.index]
         cu_seqlens = packing.cu_seqlens
-        if self.prompt is not None:
+        if self.states is not None:
+            if len(self.states) != len(packing.index):
+                raise ValueError(f"start must have the batch's {len(packing.index)} rows, got {len(self.states)}")
+            packed["inputs_embeds"] = self.states
+        elif self.prompt is not None:
             packed["inputs_embeds"] = self._embed(stock)
             cu_seqlens = self._add_prompt_rows(packed)
         elif stock["input_ids"] is not None:
@@ -261,6 +302,19 @@ class _Call:
         else:
             logits = None
         return type(output)(loss=loss, logits=logits, hidden_states=output.hidden_states)
+
+
+class _StandIn(nn.Module):
+    """In place of some layers: passes on the hidden states it is given or, if it has none, those that come first."""
+
+    def __init__(self, states: Tensor | None) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if self.states is None:
+            self.states = hidden_states
+        return self.states
 
 
 def _packing(stock: dict) -> Packing:

@@ -53,33 +53,62 @@ class PromptModel(nn.Module):
         else:
             self.prompt = Prefix(initial, layers, packed.geometry.kv_heads, packed.geometry.head_dim)
 
-    def forward(self, *, labels: Tensor | None = None, return_logits: bool = False, **inputs):
+    def forward(
+        self,
+        *,
+        labels: Tensor | None = None,
+        return_logits: bool = False,
+        lower_states: Tensor | None = None,
+        **inputs,
+    ):
         """The backbone's output class for its own keyword arguments; see the class for what differs.
 
         Args:
             labels: as the backbone's head takes them.
             return_logits: for a causal language model in training, give the logits of all text positions as well.
+            lower_states: (T, D), what the method of that name gave for the same inputs: the pass begins at the first
+                layer with a prefix. Outputs and gradients are those of the whole pass.
         """
         return_dict = inputs.pop("return_dict", True)
         output = self._packed(
             inputs,
             **{self.config.kind: self.prompt()},
-            position_offset=self._position_offset,
+            position_offset=self.position_offset,
             prefix_in_window=self.config.prefix_in_window,
             labels=labels,
             all_logits=return_logits or not self.training or labels is None,
+            start=None if lower_states is None else (self.first_layer, lower_states),
         )
         return output.to_tuple() if return_dict is False else output
 
+    def lower_states(self, **inputs) -> Tensor:
+        """The (T, D) hidden states of the batch's T tokens that enter `first_layer`, sentence after sentence.
+
+        They do not depend on anything that trains. In training mode they are one draw of the backbone's dropout.
+        """
+        return self._packed.lower_states(inputs, self.first_layer, self.position_offset)
+
     @property
-    def _position_offset(self) -> int:
+    def first_layer(self) -> int:
+        """The lowest layer that the prompt enters; what is below it computes a constant."""
+        return 0 if self.config.kind == "prompt" else self.prompt.layers[0]
+
+    @property
+    def prompt_rows(self) -> tuple[int, int]:
+        """Rows that a packed pass runs beside the text: for each sentence, and once for a batch."""
+        rows = self.config.num_virtual_tokens if self.config.kind == "prompt" else 0
+        return (0, rows) if self._packed.geometry.is_causal else (rows, 0)
+
+    @property
+    def position_offset(self) -> int:
+        """What is added to the tokens' positions."""
         return self.config.num_virtual_tokens if self.config.position_offset == "peft" else 0
 
     @property
     def text_positions(self) -> int | None:
         """The longest text, in tokens, that the position table has room for beside the prompt; None: any length."""
         table = self._packed.geometry.positions
-        return None if table is None else table - self._position_offset
+        return None if table is None else table - self.position_offset
 
     def head(self) -> dict[str, nn.Parameter]:
         """The parameters of a task's head, which train and are saved with the prompt, by their name in the backbone."""

@@ -7,5 +7,6 @@ require("transformers", "train")
 from .config import TrainingConfig  # noqa: E402
 from .evaluation import evaluate  # noqa: E402
 from .loop import train  # noqa: E402
+from .sampler import TokenBudgetSampler  # noqa: E402
 
-__all__ = ["TrainingConfig", "evaluate", "train"]
+__all__ = ["TokenBudgetSampler", "TrainingConfig", "evaluate", "train"]

@@ -21,6 +21,10 @@ class TrainingConfig:
         max_length: tokens of a sentence with the prefix text; what is longer is cut.
         epochs: passes over the pairs.
         batch_size: pairs of a step.
+        max_tokens: instead of `batch_size`, the most rows of a step: tokens of its target sentences and the prompt's
+            own rows. Each step then has as many pairs as that holds; see `TokenBudgetSampler`.
+        cache_layers: where the first layers get no prefix, keep what they compute on disk and leave them out of every
+            step. Results are those without, up to rounding.
         lr: learning rate of the prompt, and of the head where there are labels (AdamW).
         projection_lr: learning rate of the projection.
         seed: of the prompt's beginning and the order of the pairs.
@@ -36,6 +40,8 @@ class TrainingConfig:
     max_length: int = 256
     epochs: int = 5
     batch_size: int = 16
+    max_tokens: int | None = None
+    cache_layers: bool = False
     lr: float = 1e-2
     projection_lr: float = 1e-4
     seed: int = 0
@@ -45,9 +51,9 @@ class TrainingConfig:
         AlignmentLoss(1, 1, distance=self.distance, temperature=self.temperature)
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {POOLINGS}, got {self.pooling!r}")
-        for name in ("max_length", "epochs", "batch_size"):
+        for name in ("max_length", "epochs", "batch_size", "max_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if (name, value) != ("max_tokens", None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for name in ("lr", "projection_lr"):
             if not 0 <= getattr(self, name) < float("inf"):

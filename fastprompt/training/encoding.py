@@ -1,20 +1,24 @@
-"""Sentences to vectors: the backbone and its tokenizer, pooling, and the teacher's vectors kept on disk."""
+"""Sentences to vectors: the backbone and its tokenizer, pooling, and what is constant in training kept on disk."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastprompt._extras import require
-from fastprompt._files import cache_folder, write_tensors
+from fastprompt._files import cache_folder
+from fastprompt.models import PromptModel
 from fastprompt.models.families import ENCODERS
 from fastprompt.models.packed import PackedBackbone
 
+from .cache import cached
+
 POOLINGS = ("mean", "first", "last")
-_CACHE_FORMAT = 1  # raised when the same content would give other vectors
+_BATCH = 32  # sentences of a pass without gradients
+_CACHE_FORMAT = 2  # raised when the same content would give other tensors
 
 
 def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable]:
@@ -48,14 +52,22 @@ def tokenize(tokenizer: Callable, sentences: Sequence[str], prefix_text: str, ma
     return ids
 
 
-def encode(model: Callable, sentences: Sequence[list[int]], pooling: str, device: str | torch.device) -> Tensor:
-    """(N, D) vectors of N sentences of token ids, one pass of `model` (its keyword arguments in, its output out)."""
+def batch_of(sentences: Sequence[list[int]], device: str | torch.device) -> dict[str, Tensor]:
+    """input_ids and attention_mask, (N, L) int64 and bool, of N sentences of token ids."""
     lengths = torch.tensor([len(tokens) for tokens in sentences])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, L)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)
     ids[mask] = torch.tensor([token for tokens in sentences for token in tokens])
-    mask, lengths = mask.to(device), lengths.to(device)
-    hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state  # (N, L, D), zero at padding
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def encode(
+    model: Callable, sentences: Sequence[list[int]], pooling: str, device: str | torch.device, **inputs
+) -> Tensor:
+    """(N, D) vectors of N sentences of token ids, one pass of `model` (its keyword arguments in, its output out)."""
+    batch = batch_of(sentences, device)
+    hidden = model(**batch, **inputs).last_hidden_state  # (N, L, D), zero at padding
+    lengths = batch["attention_mask"].sum(1)
     if pooling == "mean":
         return hidden.sum(1) / lengths[:, None]
     row = lengths - 1 if pooling == "last" else torch.zeros_like(lengths)
@@ -64,11 +76,14 @@ def encode(model: Callable, sentences: Sequence[list[int]], pooling: str, device
 
 @torch.no_grad()
 def encode_all(
-    model: Callable, sentences: Sequence[list[int]], pooling: str, device: str | torch.device, batch_size: int = 32
+    model: Callable, sentences: Sequence[list[int]], pooling: str, device: str | torch.device, batch_size: int = _BATCH
 ) -> Tensor:
     """(N, D) vectors on the CPU of any number of sentences, without gradients."""
-    batches = (sentences[begin : begin + batch_size] for begin in range(0, len(sentences), batch_size))
-    return torch.cat([encode(model, batch, pooling, device).cpu() for batch in batches])
+    return torch.cat([encode(model, batch, pooling, device).cpu() for batch in _batches(sentences, batch_size)])
+
+
+def _batches(sentences: Sequence[list[int]], size: int = _BATCH) -> Iterator[Sequence[list[int]]]:
+    return (sentences[begin : begin + size] for begin in range(0, len(sentences), size))
 
 
 def plain(backbone: nn.Module) -> Callable:
@@ -77,47 +92,82 @@ def plain(backbone: nn.Module) -> Callable:
     return lambda **inputs: packed(inputs)
 
 
-def digest(backbone: nn.Module) -> str:
-    """SHA-256 of a model's configuration and weights."""
-    whole = hashlib.sha256()
-    config = {key: value for key, value in backbone.config.to_dict().items() if not key.startswith("_")}
-    for volatile in ("transformers_version", "attn_implementation"):
-        config.pop(volatile, None)
-    whole.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(backbone.state_dict().items()):
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+class Digest:
+    """SHA-256 of what a model's outputs depend on: its configuration, its weights and, of the table of token
+    embeddings, the rows that given sentences read. The others, most of a multilingual model, stay on the disk they are
+    mapped from.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone, self._common = backbone, hashlib.sha256()
+        config = {key: value for key, value in backbone.config.to_dict().items() if not key.startswith("_")}
+        for volatile in ("transformers_version", "attn_implementation"):
+            config.pop(volatile, None)
+        self._common.update(json.dumps(config, sort_keys=True, default=str).encode())
+        self._table = backbone.get_input_embeddings().weight.detach()
+        for name, tensor in sorted(backbone.state_dict().items()):
+            self._common.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            if tensor.data_ptr() != self._table.data_ptr():
+                self._common.update(_bytes(tensor))
+
+    def __call__(self, sentences: Sequence[list[int]], *about) -> str:
+        """Of the model as sentences of token ids read it, these sentences, and what else tells apart (JSON values)."""
+        whole = self._common.copy()
+        tokens = torch.tensor(sorted({token for tokens in sentences for token in tokens}), device=self._table.device)
+        whole.update(_bytes(self._table[tokens]))
+        whole.update(json.dumps([_CACHE_FORMAT, sentences, *about]).encode())
+        return whole.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def teacher_vectors(
-    backbone: nn.Module,
+    digest: Digest,
     sentences: Sequence[list[int]],
     pooling: str,
     device: str | torch.device,
     cache: Path | None = None,
 ) -> Tensor:
-    """(N, D) vectors of the backbone without prompt, on the CPU, computed once and then read from `cache`.
+    """(N, D) vectors of `digest`'s backbone without prompt, on the CPU, computed once and then read from the cache.
 
-    The file's name is a digest of the weights, the configuration, the pooling and the token ids: a change in any of
-    them makes another file. One that cannot be read is made anew.
+    The key is a digest of the weights, the configuration, the pooling and the token ids: a change in any of them is
+    another content. See `cached` for what it promises.
 
     Args:
-        cache: folder; `cache_folder() / "teacher"` by default.
+        cache: folder; `cache_folder() / "training"` by default.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    backbone = digest.backbone
+    return cached(
+        _folder(cache),
+        digest(sentences, "teacher", pooling),
+        (len(sentences), backbone.config.hidden_size),
+        backbone.dtype,
+        lambda: [encode_all(plain(backbone), sentences, pooling, device)],
+    )
 
-    key = hashlib.sha256(json.dumps([_CACHE_FORMAT, digest(backbone), pooling, sentences]).encode()).hexdigest()
-    file = (cache_folder() / "teacher" if cache is None else cache) / f"{key}.safetensors"
-    shape = (len(sentences), backbone.config.hidden_size)
-    try:
-        vectors = load_file(file)["vectors"]
-        if vectors.shape == shape:
-            return vectors
-    except (FileNotFoundError, SafetensorError, KeyError):
-        pass
-    vectors = encode_all(plain(backbone), sentences, pooling, device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, {"vectors": vectors})
-    return vectors
+
+def lower_states(
+    digest: Digest,
+    prompted: PromptModel,
+    sentences: Sequence[list[int]],
+    device: str | torch.device,
+    cache: Path | None = None,
+) -> tuple[Tensor, ...]:
+    """Hidden states of each sentence, (T_i, D), that enter the first layer with a prefix: cached as the teacher's.
+
+    They are computed in fixed batches, whatever the order of training: a product's last bit may depend on how many rows
+    it has, and so what a resumed run computes is what the run before it did.
+    """
+    shape = (sum(map(len, sentences)), digest.backbone.config.hidden_size)
+    about = ("states", prompted.first_layer, prompted.position_offset)
+    states = cached(
+        *(_folder(cache), digest(sentences, *about), shape, digest.backbone.dtype),
+        lambda: (prompted.lower_states(**batch_of(batch, device)).cpu() for batch in _batches(sentences)),
+    )
+    return states.split([len(tokens) for tokens in sentences])
+
+
+def _folder(cache: Path | None) -> Path:
+    return cache_folder() / "training" if cache is None else cache

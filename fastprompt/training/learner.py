@@ -47,15 +47,18 @@ class Learner(nn.Module):
         """What trains, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def loss(self, sentences: Sequence[list[int]], teacher: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def loss(
+        self, sentences: Sequence[list[int]], teacher: Tensor, labels: Tensor | None, states: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The parts of the loss of one batch: "alignment", and "task" where there are labels; their sum is the loss.
 
         Args:
             sentences: N target sentences, token ids.
             teacher: (N, D) vectors of the source sentences.
             labels: (N,) int64 or None.
+            states: (T, D) or None, the sentences' `PromptModel.lower_states`, where they are at hand.
         """
-        student = encode(self.prompted, sentences, self.pooling, self.device)
+        student = encode(self.prompted, sentences, self.pooling, self.device, lower_states=states)
         parts = {"alignment": self.alignment(student, teacher)}
         if labels is not None:
             parts["task"] = F.cross_entropy(self.head(student), labels)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import random
 import signal
 import threading
 import time
@@ -18,9 +17,10 @@ from fastprompt.models import PromptModel
 from fastprompt.tasks.parallel import Pair
 
 from .config import TrainingConfig
-from .encoding import digest, teacher_vectors, tokenize
+from .encoding import Digest, lower_states, teacher_vectors, tokenize
 from .learner import Learner
 from .run import Run
+from .sampler import TokenBudgetSampler, shuffled
 
 
 def train(
@@ -49,7 +49,8 @@ def train(
             summary.json and training_state.pt.
         config: all that decides the result.
         resume: go on with the run in `out`. Its settings, backbone and pairs must be the same; `epochs` may differ.
-        cache: folder of the teacher's vectors; see `teacher_vectors`.
+        cache: folder of what is computed once, the teacher's vectors and the lower layers' hidden states; see
+            `fastprompt.training.cache`.
         on_step: called after each step with its metrics: step, steps (in all), epoch, loss and its parts, seconds.
 
     Returns:
@@ -70,11 +71,17 @@ def train(
         tokenize(tokenizer, [getattr(pair, side) for pair in pairs], config.prefix_text, config.max_length)
         for side in ("source", "target")
     )
+    steps = _steps(config, learner.prompted, [len(tokens) for tokens in target])
+    digest = Digest(backbone)
     text = json.dumps([source, target, [pair.label for pair in pairs]])
-    content = {"backbone": digest(backbone), "pairs": hashlib.sha256(text.encode()).hexdigest()}
+    # The backbone's is of the rows that these pairs read: other pairs are told first.
+    content = {"pairs": hashlib.sha256(text.encode()).hexdigest(), "backbone": digest(source + target)}
     run = Run(out, config, content, labels, resume)
 
-    teacher = teacher_vectors(backbone, source, config.pooling, device, cache).to(device)
+    teacher = teacher_vectors(digest, source, config.pooling, device, cache).to(device)
+    states = None
+    if config.cache_layers and learner.prompted.first_layer:
+        states = lower_states(digest, learner.prompted, target, device, cache)
     classes = torch.tensor([labels.index(pair.label) for pair in pairs], device=device) if labels else None
     trained = learner.trained()
     projection = list(learner.alignment.parameters())
@@ -86,25 +93,27 @@ def train(
         learner.load_state_dict(run.state["trained"], strict=False)
         optimizer.load_state_dict(run.state["optimizer"])
 
-    step = 0 if run.state is None else run.state["step"]
+    step, saved = 0 if run.state is None else run.state["step"], None
 
     def save() -> None:
+        nonlocal saved
         run.save_state(step, {name: p.detach().cpu() for name, p in trained.items()}, optimizer.state_dict())
         learner.save(out)
         if run.records:
-            run.summarise()
+            run.summarise(len(steps))
+        saved = step
 
     if step:
         save()  # the run may have been killed while it saved
-    steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
-    total = steps_per_epoch * config.epochs
     with _stop_on_signal() as stopped:
-        while step < total and not stopped():
-            epoch, within = divmod(step, steps_per_epoch)
-            batch = _order(config.seed, epoch, len(pairs))[within * config.batch_size :][: config.batch_size]
+        while step < len(steps) and not stopped():
+            epoch, batch = steps[step]
             start = time.perf_counter()
             parts = learner.loss(
-                [target[n] for n in batch], teacher[batch], None if classes is None else classes[batch]
+                [target[n] for n in batch],
+                teacher[batch],
+                None if classes is None else classes[batch],
+                None if states is None else torch.cat([states[n] for n in batch]).to(device),
             )
             loss = sum(parts.values())
             optimizer.zero_grad()
@@ -118,21 +127,39 @@ def train(
             record = {"step": step, "epoch": epoch + 1, **values, "seconds": time.perf_counter() - start}
             run.record(**record)
             if on_step is not None:
-                on_step(record | {"steps": total})
-            if step % steps_per_epoch == 0:
+                on_step(record | {"steps": len(steps)})
+            if step == len(steps) or steps[step][0] > epoch:
                 save()
-        if step % steps_per_epoch or step == 0:
+        if saved != step:
             save()
     if run.records:
         run.draw()
     return learner
 
 
-def _order(seed: int, epoch: int, count: int) -> list[int]:
-    """The order of the pairs in an epoch: a function of its number, so that a resumed run goes on in it."""
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
+def _steps(config: TrainingConfig, prompted: PromptModel, lengths: list[int]) -> list[tuple[int, list[int]]]:
+    """The epoch and the pairs of each step."""
+    if config.max_tokens is not None:
+        per_sentence, per_batch = prompted.prompt_rows
+        sampler = TokenBudgetSampler(
+            lengths,
+            config.max_tokens,
+            rows_per_sentence=per_sentence,
+            rows_per_batch=per_batch,
+            seed=config.seed,
+            rank=0,
+            world_size=1,
+        )
+    steps = []
+    for epoch in range(config.epochs):
+        if config.max_tokens is None:
+            order = shuffled(config.seed, epoch, len(lengths))
+            batches = [order[n : n + config.batch_size] for n in range(0, len(order), config.batch_size)]
+        else:
+            sampler.set_epoch(epoch)
+            batches = sampler
+        steps += [(epoch, batch) for batch in batches]
+    return steps
 
 
 def _check_length(config: TrainingConfig, prompted: PromptModel) -> None:

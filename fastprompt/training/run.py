@@ -67,10 +67,11 @@ class Run:
     def _write_metrics(self) -> None:
         write_text(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.records))
 
-    def summarise(self) -> dict:
-        """Write and return steps, last loss, median seconds of a step, and this process's peak memory in MiB."""
+    def summarise(self, planned: int) -> dict:
+        """Write and return steps, done and planned, last loss, median seconds of a step, and peak memory in MiB."""
         summary = {
             "steps": len(self.records),
+            "planned_steps": planned,
             "loss": self.records[-1]["loss"],
             "seconds_per_step": seconds_per_step([record["seconds"] for record in self.records]),
             "peak_memory_mb": peak_memory_mb(),
@@ -112,7 +113,10 @@ def _plain(config: dict) -> dict:
 
 
 def _check_same(before: dict, now: dict, folder: Path) -> None:
-    old, new = ({**about["config"], **about["content"], "labels": about["labels"]} for about in (before, now))
+    defaults = _plain(dataclasses.asdict(TrainingConfig()))  # for settings that an older run did not know
+    old, new = (
+        {**defaults, **about["config"], **about["content"], "labels": about["labels"]} for about in (before, now)
+    )
     for name in new:
         if name != "epochs" and old.get(name) != new[name]:  # more epochs are a longer run of the same kind
             raise ValueError(

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTPROMPT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "teacher"
+    return tmp_path / "cache" / "training"
 
 
 def run(folder, out, pairs=None, on_step=None, resume=False, **settings):
@@ -136,6 +136,41 @@ def test_resume_gives_what_an_unbroken_run_gives(folder, tmp_path, at, how):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 16
 
 
+@pytest.mark.parametrize("settings", [{"max_tokens": 60}, {"layers": [1, 2], "cache_layers": True}, {"kind": "prompt"}])
+def test_resume_with_token_budget_and_cached_layers(folder, tmp_path, cache, settings):
+    settings = {"max_tokens": 90} | settings
+    whole = run(folder, tmp_path / "whole", **settings)
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+    steps = json.loads((tmp_path / "whole" / "summary.json").read_text())["planned_steps"]
+    assert steps == len(records) and records[-1]["epoch"] == 3
+    at = next(record["step"] for record in records if record["epoch"] == 2) + 1
+
+    def stop(record):
+        if record["step"] == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder, tmp_path / "broken", on_step=stop, **settings)
+    for file in cache.iterdir():
+        file.unlink()
+    resumed = run(folder, tmp_path / "broken", resume=True, **settings)
+    for (name, a), (_, b) in states(whole, resumed):
+        assert torch.equal(a, b), name
+
+
+def test_cached_layers_change_nothing(folder, tmp_path, cache, monkeypatch):
+    plain = run(folder, tmp_path / "plain", layers=[2])
+    with_cache = run(folder, tmp_path / "cached", layers=[2], cache_layers=True)
+    torch.testing.assert_close(with_cache.prompted.prompt.weight, plain.prompted.prompt.weight, rtol=1e-3, atol=1e-4)
+    assert len(list(cache.iterdir())) == 2
+    with pytest.raises(ValueError, match="cache_layers must be as in the run"):
+        run(folder, tmp_path / "plain", layers=[2], cache_layers=True, resume=True)
+    run(folder, tmp_path / "everywhere", cache_layers=True, epochs=1)  # nothing to leave out
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(PromptModel, "lower_states", lambda *_: pytest.fail("computed again"))
+    run(folder, tmp_path / "again", layers=[2], cache_layers=True, seed=1)
+
+
 def test_a_run_is_not_overwritten_and_only_the_same_is_resumed(folder, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
@@ -198,20 +233,29 @@ def test_vectors_are_those_of_the_sentences_one_by_one(folder, pooling):
 def test_teacher_is_computed_once_for_the_same_content(folder, cache, monkeypatch):
     model, _ = encoding.load_backbone(str(folder))
     sentences = [[0, 5, 6, 2], [0, 7, 2]]
-    first = encoding.teacher_vectors(model, sentences, "mean", "cpu")
+
+    def vectors(sentences, pooling="mean"):
+        return encoding.teacher_vectors(encoding.Digest(model), sentences, pooling, "cpu")
+
+    first = vectors(sentences)
     (file,) = cache.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "encode_all", lambda *_: pytest.fail("computed again"))
-        assert torch.equal(encoding.teacher_vectors(model, sentences, "mean", "cpu"), first)
+        assert torch.equal(vectors(sentences), first)
     file.write_bytes(file.read_bytes()[:-3])  # damaged
-    assert torch.equal(encoding.teacher_vectors(model, sentences, "mean", "cpu"), first)
+    assert torch.equal(vectors(sentences), first)
 
-    encoding.teacher_vectors(model, sentences, "first", "cpu")
-    encoding.teacher_vectors(model, [[0, 5, 6, 2], [0, 8, 2]], "mean", "cpu")
-    with torch.no_grad():
-        model.encoder.layer[2].output.dense.bias[3] += 1e-3
-    changed = encoding.teacher_vectors(model, sentences, "mean", "cpu")
-    assert len(list(cache.iterdir())) == 4
+    vectors(sentences, "first")
+    vectors([[0, 5, 6, 2], [0, 8, 2]])
+    table = model.get_input_embeddings().weight.data
+    table[40] += 1.0  # a word of none of the sentences
+    vectors(sentences)
+    assert len(list(cache.iterdir())) == 3
+    model.encoder.layer[2].output.dense.bias.data[3] += 1e-3
+    changed = vectors(sentences)
+    table[7] += 1e-3
+    vectors(sentences)
+    assert len(list(cache.iterdir())) == 5
     assert not torch.equal(changed, first)
 
 
@@ -232,6 +276,8 @@ def test_evaluate_takes_what_peft_wrote(folder, tmp_path):
         ({"pooling": "max"}, "pooling must be one of .* got 'max'"),
         ({"epochs": 0}, "epochs must be a positive integer, got 0"),
         ({"batch_size": 1.5}, "batch_size must be a positive integer, got 1.5"),
+        ({"max_tokens": 0}, "max_tokens must be a positive integer, got 0"),
+        ({"max_tokens": 10}, "max_tokens must have room for the longest sentence, 11 tokens and 0 prompt rows, got 10"),
         ({"lr": -1.0}, "lr must be a finite number, 0 or more, got -1.0"),
         ({"projection_lr": float("nan")}, "projection_lr must be a finite number"),
         ({"layers": [3]}, "layers must be indices of the backbone's 3 layers, got 3"),
