@@ -57,6 +57,12 @@ def test_train_and_evaluate(files):
     assert re.search(rf"with adapter .*{scores['with']['r@1']:.3f}.*{scores['with']['r@5']:.3f}", done.output)
     longer = call("train", *common, "--out", "run", *SMALL, "--prefix-text", "w0 ", "--distance", "infonce", "--resume")
     assert longer.exit_code == 0 and "6 steps" in longer.output
+    budget = ["--max-tokens", "9", "--layers", "1,2", "--cache-layers"]
+    done = call("train", *common, "--out", "budget", *SMALL, *budget)
+    assert done.exit_code == 0, done.output
+    config = json.loads((files / "budget" / "run.json").read_text())["config"]
+    assert (config["max_tokens"], config["cache_layers"]) == (9, True)
+    assert len(list((files / "cache" / "training").iterdir())) == 3  # teacher's vectors, twice, and hidden states
 
 
 def test_catalogues_and_aligned_files(files):
