@@ -6,6 +6,7 @@ that carries no packed pass, such as the teacher's or generate's, goes to transf
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,32 +24,51 @@ class PackedPass:
     Attributes:
         cu_seqlens: (S+1,) int32 bounds of the segments among the rows after the front.
         is_causal: rows see no later rows of their segment.
-        prefix: layer index -> key and value, each (1, Hkv, P, D). A layer that is not in it has none.
-        front: number of prompt rows that stand once before all segments (causal models); their keys and values in a
-            layer are that layer's prefix for every segment.
+        prefix: layer index -> key and value, each (N, Hkv, P, D). A layer that is not in it has none.
+        prefix_index: (S,) which entry of prefix or front each segment reads; None: the first.
+        front: entries N and rows F of each that stand once before all segments (causal models). Rows of an entry attend
+            to its prefix and to each other; in every layer their keys and values go on where the prefix ends.
         prefix_in_window: the prefix slides out of a window.
     """
 
     cu_seqlens: Tensor
     is_causal: bool
     prefix: dict[int, tuple[Tensor, Tensor]]
-    front: int
+    prefix_index: Tensor | None
+    front: tuple[int, int]
     prefix_in_window: bool
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-        """query (R, H, D), key and value (R, Hkv, D), R = front + T -> (R, H, D)."""
-        prefix = None, None
-        if not self.front:
-            empty = key.new_empty(1, key.shape[1], 0, key.shape[2])
-            # The prompt is kept in float32 where the backbone runs in less.
-            prefix = (x.to(key.dtype) for x in self.prefix.get(layer) or (empty, empty))
-        return prefix_attention(
-            *(query, key, value, *prefix, self.cu_seqlens),
-            prompt_rows=self.front,
-            is_causal=self.is_causal,
-            prefix_in_window=self.prefix_in_window,
+        """query (R, H, D), key and value (R, Hkv, D), R = N F + T -> (R, H, D)."""
+        options |= {"is_causal": self.is_causal, "prefix_in_window": self.prefix_in_window}
+        prefix = self.prefix.get(layer)
+        entries, rows = self.front
+        if rows and entries == 1 and prefix is None:
+            return prefix_attention(query, key, value, None, None, self.cu_seqlens, prompt_rows=rows, **options)
+        if prefix is None:
+            empty = key.new_empty(max(entries, 1), key.shape[1], 0, key.shape[2])
+            prefix = empty, empty
+        prefix = tuple(x.to(key.dtype) for x in prefix)  # it is kept in float32 where the backbone runs in less
+        if not rows:
+            index = self.prefix_index
+            return prefix_attention(query, key, value, *prefix, self.cu_seqlens, prefix_index=index, **options)
+        front = slice(None, entries * rows), slice(entries * rows, None)
+        bounds = torch.arange(0, entries * rows + 1, rows, dtype=torch.int32, device=query.device)
+        each = torch.arange(entries, device=query.device)
+        own = prefix_attention(
+            *(x[front[0]] for x in (query, key, value)), *prefix, bounds, prefix_index=each, **options
+        )
+        bank = (
+            torch.cat([p, x[front[0]].unflatten(0, (entries, rows)).transpose(1, 2)], 2)
+            for p, x in zip(prefix, (key, value), strict=True)
+        )
+        text = prefix_attention(
+            *(x[front[1]] for x in (query, key, value)),
+            *(*bank, self.cu_seqlens),
+            prefix_index=self.prefix_index,
             **options,
         )
+        return torch.cat([own, text])
 
 
 def attention(

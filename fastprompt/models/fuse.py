@@ -38,6 +38,7 @@ def fuse(peft_model):
         if kwargs.pop("task_ids", None) is not None:
             raise ValueError("task_ids must not be given: multitask prompts cannot be fused")
         labels, return_logits = kwargs.pop("labels", None), kwargs.pop("return_logits", False)
+        own = {name: kwargs.pop(name) for name in ("shared_ids", "label_smoothing") if name in kwargs}
         return_dict = kwargs.pop("return_dict", None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
         if kind == "prompt":
@@ -46,11 +47,9 @@ def fuse(peft_model):
         encoded = self.get_prompt(batch_size=1)
         if kind == "prefix":
             encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}
-        else:
-            encoded = encoded[0]
         output = packed(
             inputs,
-            **{kind: encoded},
+            **({kind: encoded} | own),
             position_offset=self.active_peft_config.num_virtual_tokens,
             prefix_in_window=True,
             labels=labels,

@@ -11,6 +11,7 @@ from fastprompt.ops import pack_prompt
 
 from .attention import NAME, PackedPass
 from .families import geometry
+from .head import CausalHead
 from .packing import Packing
 
 # The stock arguments that a packed pass replaces. What else a head hands to its base model is passed on.
@@ -38,29 +39,38 @@ class PackedBackbone:
         *,
         prefix: dict[int, tuple[Tensor, Tensor]] | None = None,
         prompt: Tensor | None = None,
+        prompt_index: Tensor | None = None,
+        shared_ids: Tensor | None = None,
         position_offset: int = 0,
         prefix_in_window: bool = False,
         labels: Tensor | None = None,
         all_logits: bool = True,
+        label_smoothing: float = 0.0,
         start: tuple[int, Tensor] | None = None,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
 
         Args:
             inputs: input_ids or inputs_embeds, attention_mask, and what else the model takes, without labels.
-            prefix: layer index -> key and value, each (1, Hkv, P, D).
-            prompt: (P, E) rows before every segment.
+            prefix: layer index -> key and value, each (N, Hkv, P, D), a bank of N prefixes.
+            prompt: (N, P, E), a bank of N times P rows to stand before segments.
+            prompt_index: (B,) which entry of the bank each segment reads; None: the first.
+            shared_ids: (S,) token ids of a text that all segments begin with, after the prompt; run once (causal only).
             position_offset: added to the tokens' positions.
             prefix_in_window: see `fastprompt.ops.prefix_attention`.
             labels: (B, L), for a causal language model the next-token labels; other heads are handed them as they are.
             all_logits: for a causal language model, whether the logits of all text positions are wanted.
+            label_smoothing: of a causal language model's loss.
             start: a layer and the (T, D) hidden states that `lower_states` gave for it and the same inputs: embedding
                 and lower layers, which must have no prompt, are left out.
         """
         self.check_inputs(inputs)
-        call = _Call(self, prefix or {}, prompt, position_offset, prefix_in_window)
+        self._check_prompts(inputs, prompt_index, shared_ids)
+        call = _Call(self, prefix or {}, prompt, prompt_index, shared_ids, position_offset, prefix_in_window)
         layer, call.states = start or (0, None)
-        if start is not None and (prompt is not None or not 0 < layer <= min(call.prefix, default=layer)):
+        if start is not None and (
+            prompt is not None or shared_ids is not None or not 0 < layer <= min(call.prefix, default=layer)
+        ):
             raise ValueError(f"start must be at a layer above 0 with no prompt below it, got layer {layer}")
         if start is not None and inputs.get("output_hidden_states"):
             raise ValueError(f"output_hidden_states must not be set with a start at layer {layer}: none below it runs")
@@ -71,15 +81,19 @@ class PackedBackbone:
                     raise ValueError(
                         f"labels must be {tuple(batch.shape[:2])}, as the batch, got {tuple(labels.shape)}"
                     )
-                call.labels, call.all_logits = labels, all_logits
-                return call.causal_lm(inputs)
+                inputs = dict(inputs)
+                items = inputs.pop("num_items_in_batch", None)
+                call.head = CausalHead(self.model, labels, all_logits, label_smoothing, items)
+                return call.head.output(call.run(inputs), call.packing)
+            if label_smoothing:
+                raise ValueError(f"label_smoothing is for causal language models here, got {label_smoothing}")
             return call.run(inputs if labels is None else inputs | {"labels": labels})
 
     @torch.no_grad()
     def lower_states(self, inputs: dict, layer: int, position_offset: int = 0) -> Tensor:
         """The (T, D) hidden states that enter a layer below which there is no prompt, sentence after sentence."""
         self.check_inputs(inputs)
-        call = _Call(self, {}, None, position_offset, False)
+        call = _Call(self, {}, None, None, None, position_offset, False)
         with self._stand_in(range(layer, self.geometry.layers)) as stand:
             call.run(inputs, self.base)
         return stand.states.squeeze(0)
@@ -112,12 +126,20 @@ class PackedBackbone:
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != batch.shape[:2]:
             raise ValueError(f"attention_mask must be {tuple(batch.shape[:2])}, as the batch, got {tuple(mask.shape)}")
-        if any(inputs.get(name) is not None for name in _FLASH_KEYWORDS) and inputs.get("position_ids") is None:
-            raise ValueError("cu_seq_lens_q needs position_ids beside it: they tell the segments of a packed batch")
         for layer in self.base.modules() if self.base.training else ():
             checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
             if checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
                 raise ValueError("gradient checkpointing needs use_reentrant=False: the reentrant kind drops prompts")
+
+    def _check_prompts(self, inputs: dict, prompt_index: Tensor | None, shared_ids: Tensor | None) -> None:
+        if shared_ids is None:
+            return
+        if not self.geometry.is_causal:
+            raise ValueError(
+                "shared_ids is for causal models: where rows see later ones, each sentence has rows of its own"
+            )
+        if shared_ids.ndim != 1 or len(shared_ids) == 0:
+            raise ValueError(f"shared_ids must be (S,) with S at least 1, got {tuple(shared_ids.shape)}")
 
 
 class _Call:
@@ -128,14 +150,16 @@ class _Call:
         owner: PackedBackbone,
         prefix: dict[int, tuple[Tensor, Tensor]],
         prompt: Tensor | None,
+        prompt_index: Tensor | None,
+        shared_ids: Tensor | None,
         position_offset: int,
         prefix_in_window: bool,
     ) -> None:
         self.owner, self.prefix, self.prompt = owner, prefix, prompt
+        self.prompt_index, self.shared_ids = prompt_index, shared_ids
         self.position_offset, self.prefix_in_window = position_offset, prefix_in_window
-        self.labels: Tensor | None = None
-        self.all_logits = True
-        self.front = 0  # prompt rows that stand once before all segments
+        self.head: CausalHead | None = None
+        self.front = 0, 0  # entries, and rows of each, that stand once before all segments
         self.states: Tensor | None = None  # (T, D) to start from above the embedding
 
     def run(self, inputs: dict, model: nn.Module | None = None):
@@ -155,15 +179,14 @@ class _Call:
     def pack(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         given = dict(zip(self.owner._parameters, args, strict=False)) | kwargs
         stock = {name: given.pop(name, None) for name in _REPLACED}
-        for name in _FLASH_KEYWORDS:
-            given.pop(name, None)
-        self.packing = packing = _packing(stock)
-        self._check_positions(packing)
+        bounds = [given.pop(name, None) for name in _FLASH_KEYWORDS][0]
+        self.packing = packing = _packing(stock, bounds)
+        self._check_segments(packing)
         positions = packing.positions + self.owner.geometry.first_position
         if stock["position_ids"] is not None:
             ids = stock["position_ids"]
             positions = ids.expand(packing.shape).flatten()[packing.index]
-        packed = {"position_ids": positions + self.position_offset}
+        packed = {"position_ids": positions + self.position_offset + self._shared_rows}
         if stock["token_type_ids"] is not None:
             packed["token_type_ids"] = stock["token_type_ids"].flatten()[packing.index]
         cu_seqlens = packing.cu_seqlens
@@ -171,9 +194,10 @@ class _Call:
             if len(self.states) != len(packing.index):
                 raise ValueError(f"start must have the batch's {len(packing.index)} rows, got {len(self.states)}")
             packed["inputs_embeds"] = self.states
-        elif self.prompt is not None:
-            packed["inputs_embeds"] = self._embed(stock)
-            cu_seqlens = self._add_prompt_rows(packed)
+        elif self.prompt is not None or self._shared_rows:
+            packed["inputs_embeds"] = self._embed(stock, packed)
+            if not self.owner.geometry.is_causal:
+                cu_seqlens = self.segments_with_prompt
         elif stock["input_ids"] is not None:
             packed["input_ids"] = stock["input_ids"].flatten()[packing.index]
         else:
@@ -181,48 +205,75 @@ class _Call:
         packed = {name: tensor.unsqueeze(0) for name, tensor in packed.items()}
         # A mask of four dimensions is taken by transformers as prepared: it builds none of its own.
         prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packing.index.device)
-        is_causal = self.owner.geometry.is_causal
-        state = PackedPass(cu_seqlens, is_causal, self.prefix, self.front, self.prefix_in_window)
+        state = PackedPass(
+            cu_seqlens,
+            self.owner.geometry.is_causal,
+            self.prefix,
+            self.prompt_index,
+            self.front,
+            self.prefix_in_window,
+        )
         if "use_cache" in self.owner._parameters:
             given["use_cache"] = False
         return (), given | packed | {"attention_mask": prepared, "fastprompt_pass": state}
 
-    def _check_positions(self, packing: Packing) -> None:
+    @property
+    def _shared_rows(self) -> int:
+        return 0 if self.shared_ids is None else len(self.shared_ids)
+
+    def _check_segments(self, packing: Packing) -> None:
         table = self.owner.geometry.positions
         if table is not None and packing.longest + self.position_offset > table:
             raise ValueError(
                 f"input_ids must have at most {table - self.position_offset} tokens a sentence: the position table has "
                 f"{table} rows and the prompt takes {self.position_offset}, got {packing.longest}"
             )
+        segments = len(packing.cu_seqlens) - 1
+        if self.prompt_index is not None and self.prompt_index.shape != (segments,):
+            raise ValueError(f"prompt_ids must be ({segments},), one a sentence, got {tuple(self.prompt_index.shape)}")
 
-    def _embed(self, stock: dict) -> Tensor:
-        """(R, E): the prompt rows and the embeddings of the tokens."""
+    def _embed(self, stock: dict, packed: dict) -> Tensor:
+        """(R, E): the prompt rows and the embeddings of the tokens. Gives the prompt rows their places in `packed`."""
         packing, embedding = self.packing, self.owner.base.get_input_embeddings()
+        scale = getattr(embedding, "embed_scale", 1.0)
+        # The scale rounded as the model rounds it: Gemma's is 33.94 in float32 and 34 in bfloat16.
+        scale = float(scale.to(embedding.weight.dtype)) if isinstance(scale, Tensor) else float(scale)
         if stock["input_ids"] is not None:
             table, ids = embedding.weight, stock["input_ids"].flatten()[packing.index]
-            scale = getattr(embedding, "embed_scale", 1.0)
-            # The scale rounded as the model rounds it: Gemma's is 33.94 in float32 and 34 in bfloat16.
-            scale = float(scale.to(table.dtype)) if isinstance(scale, Tensor) else float(scale)
         else:
             table, ids, scale = stock["inputs_embeds"].flatten(0, 1), packing.index, 1.0
-        prompt = self.prompt.to(table.dtype).unsqueeze(0)
-        per_segment = not self.owner.geometry.is_causal
-        return pack_prompt(table, ids, packing.cu_seqlens, prompt, per_segment=per_segment, scale=scale)
+        rows = None if self.prompt is None else self.prompt.to(table.dtype)  # (N, P, E)
+        if self._shared_rows:
+            shared = embedding(self.shared_ids).to(table.dtype)
+            # Entries of a prefix bank read different keys in every layer: each has the text's rows to itself.
+            entries = len(rows) if rows is not None else len(next(iter(self.prefix.values()), (shared[None],))[0])
+            shared = shared.expand(entries, -1, -1)
+            rows = shared if rows is None else torch.cat([rows, shared], 1)
+        if self.owner.geometry.is_causal:
+            self._place_front(packed, *rows.shape[:2])
+        else:
+            self._place_in_segments(packed, rows.shape[1])
+        return pack_prompt(
+            *(table, ids, packing.cu_seqlens, rows),
+            prompt_index=self.prompt_index,
+            per_segment=not self.owner.geometry.is_causal,
+            scale=scale,
+        )
 
-    def _add_prompt_rows(self, packed: dict) -> Tensor:
-        """Positions (0..P-1) and token types (0) of the prompt rows; returns the bounds of the segments with them."""
+    def _place_front(self, packed: dict, entries: int, rows: int) -> None:
+        """Positions of rows that stand once before all segments: those before the text's."""
+        self.front = entries, rows
+        last = self.position_offset + self._shared_rows + self.owner.geometry.first_position
+        own = torch.arange(last - rows, last, device=self.packing.index.device)
+        packed["position_ids"] = torch.cat([own.repeat(entries), packed["position_ids"]])
+
+    def _place_in_segments(self, packed: dict, prompt_rows: int) -> None:
+        """Positions (0..P-1) and token types (0) of prompt rows that stand in every segment."""
         packing, device = self.packing, self.packing.index.device
-        prompt_rows = len(self.prompt)
         own = torch.arange(prompt_rows, device=device) + self.owner.geometry.first_position
         rows = {"position_ids": own, "token_type_ids": torch.zeros_like(own)}
-        if self.owner.geometry.is_causal:
-            self.front = prompt_rows
-            packed["position_ids"] = torch.cat([rows["position_ids"], packed["position_ids"]])
-            return packing.cu_seqlens
         segments = len(packing.cu_seqlens) - 1
-        lengths = packing.cu_seqlens.diff().long()
-        segment = torch.arange(segments, device=device).repeat_interleave(lengths)
-        self.token_rows = torch.arange(len(packing.index), device=device) + (segment + 1) * prompt_rows
+        self.token_rows = torch.arange(len(packing.index), device=device) + (packing.segment + 1) * prompt_rows
         begins = packing.cu_seqlens + torch.arange(segments + 1, device=device) * prompt_rows
         prompt_index = (begins[:-1, None] + torch.arange(prompt_rows, device=device)).flatten()
         for name in rows.keys() & packed.keys():
@@ -230,14 +281,19 @@ class _Call:
             whole[self.token_rows] = packed[name]
             whole[prompt_index] = rows[name].repeat(segments)
             packed[name] = whole
-        return begins.to(torch.int32)
+        self.segments_with_prompt = begins.to(torch.int32)
 
     # -- what comes out of it ------------------------------------------------------------------------------------
 
     def unpack(self, base: nn.Module, args: tuple, output):
         hidden = output.last_hidden_state  # (1, R, D)
-        if self.owner.is_causal_lm:
-            output.last_hidden_state = hidden[:, self._head_rows()]
+        if self.head is not None:
+            entries, rows = self.front
+            ends = torch.arange(entries, device=hidden.device) * rows + rows - 1
+            entry = torch.zeros_like(self.packing.index)
+            if self.prompt_index is not None:
+                entry = self.prompt_index.to(entry)[self.packing.segment]
+            output.last_hidden_state = self.head.rows(hidden, self.packing, ends, entry)
         else:
             output.last_hidden_state = self._pad(hidden)
         if getattr(output, "hidden_states", None) is not None:
@@ -251,7 +307,8 @@ class _Call:
         """(1, R, D) -> (T, D), without prompt rows."""
         if self.prompt is not None and not self.owner.geometry.is_causal:
             return hidden[0, self.token_rows]
-        return hidden[0, self.front :]
+        entries, rows = self.front
+        return hidden[0, entries * rows :]
 
     def _pad(self, hidden: Tensor) -> Tensor:
         """(1, R, D) -> (B, L, D)."""
@@ -261,47 +318,6 @@ class _Call:
             # Heads of encoders read the first column, too: the first token's state stands there as well.
             padded[:, 0] = tokens[self.packing.first_rows]
         return padded
-
-    # -- causal language models: logits where they are wanted ----------------------------------------------------
-
-    def _head_rows(self) -> Tensor | slice:
-        """The packed rows that the head is given: those that predict a label, or all of the text."""
-        if self.labels is None:
-            return slice(self.front, None)
-        labels = self.labels.flatten()[self.packing.index]
-        row = torch.arange(len(labels), device=labels.device) + self.front
-        first = self.packing.positions == 0
-        wanted = labels != -100
-        if self.front:  # the prompt's last row predicts each segment's first token, as in PEFT
-            predictor = torch.where(first, self.front - 1, row - 1)
-        else:  # nothing predicts it
-            predictor, wanted = row - 1, wanted & ~first
-        self.targets = labels[wanted]
-        if not self.all_logits:
-            self.predictor = None  # the head's rows are the predictors themselves
-            return predictor[wanted]
-        begin = max(self.front - 1, 0)
-        self.predictor = predictor[wanted] - begin
-        return slice(begin, None)
-
-    def causal_lm(self, inputs: dict):
-        inputs = dict(inputs)
-        items = inputs.pop("num_items_in_batch", None)
-        output = self.run(inputs)
-        logits, loss = output.logits[0], None  # (rows, V)
-        if self.labels is not None:
-            loss = self.owner.model.loss_function(
-                logits=logits if self.predictor is None else logits[self.predictor],
-                labels=self.targets,
-                shift_labels=self.targets,
-                vocab_size=logits.shape[-1],
-                num_items_in_batch=items,
-            )
-        if self.all_logits or self.labels is None:
-            logits = self.packing.unpack(logits[len(logits) - len(self.packing.index) :])
-        else:
-            logits = None
-        return type(output)(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
 
 class _StandIn(nn.Module):
@@ -317,9 +333,11 @@ class _StandIn(nn.Module):
         return self.states
 
 
-def _packing(stock: dict) -> Packing:
+def _packing(stock: dict, bounds: Tensor | None) -> Packing:
     batch = stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
     mask, ids = stock["attention_mask"], stock["position_ids"]
-    if mask is None and ids is not None and ids.shape == batch.shape[:2] and len(batch) == 1:
+    if mask is None and len(batch) == 1 and bounds is not None:
+        return Packing.of_bounds(bounds, batch.shape[1])
+    if mask is None and len(batch) == 1 and ids is not None and ids.shape == batch.shape[:2]:
         return Packing.of_positions(ids)
     return Packing.of_mask(mask if mask is not None else torch.ones_like(batch[:, :, 0] if batch.ndim == 3 else batch))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprompt.ops._checks import check_cu_seqlens
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -51,6 +53,22 @@ class Packing:
         inside = index - starts[begins.cumsum(0) - 1]
         longest = int(inside.max()) + 1 if len(index) else 0
         return cls(index, cu_seqlens, inside, tuple(position_ids.shape), longest, left_padded=False)
+
+    @classmethod
+    def of_bounds(cls, cu_seqlens: Tensor, tokens: int) -> "Packing":
+        """cu_seqlens (S+1,) of a batch (1, T) that came packed, as DataCollatorWithFlattening's cu_seq_lens_q."""
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        check_cu_seqlens(cu_seqlens, tokens)
+        lengths, index = cu_seqlens.diff().long(), torch.arange(tokens, device=cu_seqlens.device)
+        inside = index - cu_seqlens[:-1].long().repeat_interleave(lengths)
+        longest = int(lengths.max()) if len(lengths) else 0
+        return cls(index, cu_seqlens, inside, (1, tokens), longest, left_padded=False)
+
+    @property
+    def segment(self) -> Tensor:
+        """(T,) int64, the segment that each token is in."""
+        lengths = self.cu_seqlens.diff().long()
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
     @property
     def first_rows(self) -> Tensor:

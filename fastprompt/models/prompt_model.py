@@ -72,7 +72,7 @@ class PromptModel(nn.Module):
         return_dict = inputs.pop("return_dict", True)
         output = self._packed(
             inputs,
-            **{self.config.kind: self.prompt()},
+            **{self.config.kind: self.prompt().unsqueeze(0) if self.config.kind == "prompt" else self.prompt()},
             position_offset=self.position_offset,
             prefix_in_window=self.config.prefix_in_window,
             labels=labels,
