@@ -1,5 +1,5 @@
-// 2^x for x <= 127, of one float or of a vector of them. It defines a template and includes nothing: a file that is compiled
-// once per instruction set includes it below the pragma that selects the set, inside a namespace of its own.
+// 2^x for x <= 127, of one float or of a vector of them. It includes nothing: a file that is compiled once per
+// instruction set includes it below the pragma that selects the set, inside a namespace of its own.
 
 // A polynomial in the fraction, of relative error 2e-9 before rounding, with the exponent added as bits. What is below
 // 2^-126 becomes 0, NaN stays NaN. Branchless, so that loops over it vectorise.

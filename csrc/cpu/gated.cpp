@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad_, const Tensor& gat
           const A a = static_cast<A>(x[i]), outer = static_cast<A>(g[i]);
           const Sigmoid<which(), A> sigmoid(a);
           const A product = a * sigmoid.value;
-          dx[i] = static_cast<T>(outer * static_cast<A>(u[i]) *
-                                 (sigmoid.value + product * sigmoid.rest * sigmoid.slope));
+          dx[i] =
+              static_cast<T>(outer * static_cast<A>(u[i]) * (sigmoid.value + product * sigmoid.rest * sigmoid.slope));
           du[i] = static_cast<T>(outer * product);
         }
       });

@@ -39,8 +39,8 @@ __attribute__((target("avx2,fma"), flatten)) void run_with_avx2(const F& f, int6
 }
 #endif
 
-// f(begin, end) for ranges that divide 0:count among threads. What it calls is inlined and so compiled for AVX2 as well,
-// and that is run where the CPU has it; more gains nothing where memory is the limit.
+// f(begin, end) for ranges that divide 0:count among threads. What it calls is inlined and so compiled for AVX2 as
+// well, and that is run where the CPU has it; more gains nothing where memory is the limit.
 template <typename F>
 void over_ranges(int64_t count, int64_t grain, const F& f) {
   [[maybe_unused]] const bool wide = instruction_set() != InstructionSet::kPortable;

@@ -1,8 +1,8 @@
 """Layers of a frozen backbone with fused operators instead of the stock ones, in place.
 
-A module changes its class to a subclass of its own, so it copies, pickles, trains and generates as before. Where a fused
-operator cannot run (another device or dtype, trained weights, autocast, torch.compile, which fuses by itself), the
-class's own forward does.
+A module changes its class to a subclass of its own, so it copies, pickles, trains and generates as before. Where a
+fused operator cannot run (another device or dtype, trained weights, autocast, torch.compile, which fuses by itself),
+the class's own forward does.
 """
 
 import torch

@@ -21,17 +21,16 @@ def with_derivative(operator: OpOverload, save: Callable, differentiate: Callabl
     """
     torch.library.register_autograd(operator.name(), differentiate, setup_context=save)
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():  # not the registered autograd inside of this one
-                output = operator(*inputs)
-            save(ctx, inputs, output)
-            return output
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():  # not the registered autograd inside of this one
+            output = operator(*inputs)
+        save(ctx, inputs, output)
+        return output
 
-        backward = staticmethod(differentiate)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    function = type(operator.name(), (torch.autograd.Function,), methods)
 
     def run(*inputs):
-        return operator(*inputs) if torch.compiler.is_compiling() else Function.apply(*inputs)
+        return operator(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
 
     return run

@@ -75,8 +75,7 @@ class Infonce {
           const A row_sum = of_rows_.greatest[first + i] + of_rows_.logarithm[first + i];
           for (int64_t j = 0; j < rows_; ++j) {
             const A column_sum = of_columns_.greatest[j] + of_columns_.logarithm[j];
-            row[j] =
-                mine * exponential(row[j] - row_sum) + half * coefficient[j] * exponential(row[j] - column_sum);
+            row[j] = mine * exponential(row[j] - row_sum) + half * coefficient[j] * exponential(row[j] - column_sum);
           }
           row[first + i] -= 2 * mine;
         }
