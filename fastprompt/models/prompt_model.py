@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-
-from fastprompt.nn import Prefix, Prompt
-from fastprompt.nn.prompts import join_prefix
 
 from . import checkpoint
 from .config import PromptConfig
+from .initial import chosen_layers, new_prompt
 from .packed import PackedBackbone
 
 
@@ -37,7 +34,7 @@ class PromptModel(nn.Module):
     def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
         super().__init__()
         packed = PackedBackbone(backbone)
-        layers = _layers(config, packed.geometry.layers)
+        chosen_layers(config, packed.geometry.layers)
         table = packed.geometry.positions
         if table is not None and config.position_offset == "peft" and config.num_virtual_tokens >= table:
             raise ValueError(
@@ -47,17 +44,15 @@ class PromptModel(nn.Module):
         self.config, self.backbone, self._packed = config, backbone, packed
         freeze(backbone)
         self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-        initial = _initial(config, packed, layers)
-        if config.kind == "prompt":
-            self.prompt = Prompt(initial)
-        else:
-            self.prompt = Prefix(initial, layers, packed.geometry.kv_heads, packed.geometry.head_dim)
+        self.prompt = new_prompt(config, packed)
 
     def forward(
         self,
         *,
         labels: Tensor | None = None,
         return_logits: bool = False,
+        shared_prefix_ids: Tensor | None = None,
+        label_smoothing: float = 0.0,
         lower_states: Tensor | None = None,
         **inputs,
     ):
@@ -66,8 +61,16 @@ class PromptModel(nn.Module):
         Args:
             labels: as the backbone's head takes them.
             return_logits: for a causal language model in training, give the logits of all text positions as well.
+            shared_prefix_ids: (S,) token ids of a text that all samples begin with, such as an instruction. Causal
+                models only: it stands after the prompt, runs once for the batch, and shows in no output. Results are
+                those of the text at the start of every sample, but that under sliding-window attention it stays in view
+                as the prompt does (see `PromptConfig.prefix_in_window`).
+            label_smoothing: in [0, 1], of a causal language model's loss, as in `torch.nn.functional.cross_entropy`.
             lower_states: (T, D), what the method of that name gave for the same inputs: the pass begins at the first
                 layer with a prefix. Outputs and gradients are those of the whole pass.
+
+        Raises:
+            ValueError: an input that does not fit, or one that a packed pass cannot serve.
         """
         return_dict = inputs.pop("return_dict", True)
         output = self._packed(
@@ -77,6 +80,8 @@ class PromptModel(nn.Module):
             prefix_in_window=self.config.prefix_in_window,
             labels=labels,
             all_logits=return_logits or not self.training or labels is None,
+            shared_ids=shared_prefix_ids,
+            label_smoothing=label_smoothing,
             start=None if lower_states is None else (self.first_layer, lower_states),
         )
         return output.to_tuple() if return_dict is False else output
@@ -142,50 +147,3 @@ def freeze(backbone: nn.Module) -> None:
     output = backbone.get_output_embeddings()
     if output is not None:
         backbone.requires_grad_(False)
-
-
-def _layers(config: PromptConfig, count: int) -> list[int]:
-    if config.layers is None:
-        return list(range(count))
-    layers = []
-    for layer in config.layers:
-        if not isinstance(layer, int) or not -count <= layer < count:
-            raise ValueError(f"layers must be indices of the backbone's {count} layers, got {layer!r}")
-        layers.append(layer % count)
-    if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"layers must be different and at least one, got {list(config.layers)}")
-    return sorted(layers)
-
-
-@torch.no_grad()
-def _initial(config: PromptConfig, packed: PackedBackbone, layers: list[int]) -> Tensor:
-    """The weight a prompt begins at, on the backbone's device, float32 at least: small steps are lost in less."""
-    embedding = packed.base.get_input_embeddings()
-    geometry, rows = packed.geometry, config.num_virtual_tokens
-    like = embedding.weight
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if config.init == "random":
-        if config.kind == "prompt":
-            scale = float(embedding(torch.arange(min(1024, len(like)), device=like.device)).std())
-            columns = geometry.hidden
-        else:
-            scale, columns = 0.1, len(layers) * 2 * geometry.kv_heads * geometry.head_dim
-        scale = scale if config.init_scale is None else config.init_scale
-        return torch.randn(rows, columns, dtype=dtype, device=like.device) * scale
-    if config.init == "vocabulary":
-        ids = torch.randint(len(like), (rows,), device=like.device)
-    else:
-        ids = torch.as_tensor(list(config.init_ids), device=like.device)
-        if ids.min() < 0 or ids.max() >= len(like):
-            raise ValueError(f"init_ids must be in [0, {len(like)}), got {ids.min()} to {ids.max()}")
-        ids = ids.repeat(-(-rows // len(ids)))[:rows]
-    if config.kind == "prompt":
-        return embedding(ids).to(dtype)
-    from transformers import DynamicCache
-
-    was_training = packed.base.training
-    packed.base.eval()
-    cache = DynamicCache()  # plain layers: a sliding one would cut the prefix
-    packed.base(input_ids=ids.unsqueeze(0), past_key_values=cache)
-    packed.base.train(was_training)
-    return join_prefix([(cache.layers[i].keys[0], cache.layers[i].values[0]) for i in layers]).to(dtype)
