@@ -1,13 +1,20 @@
 """PromptModel: a frozen transformers model with a trained prompt."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+
+from fastprompt.nn import Prefix, Prompt
 
 from . import checkpoint
 from .config import PromptConfig
 from .initial import chosen_layers, new_prompt
 from .packed import PackedBackbone
+
+DEFAULT = "default"  # PEFT's name of a first adapter
 
 
 class PromptModel(nn.Module):
@@ -21,6 +28,9 @@ class PromptModel(nn.Module):
     Where PEFT is right the results are PEFT's, up to rounding. Where they differ, on purpose: left-padded tokens take
     the positions of right-padded ones; token types are honoured for every head; hidden states, logits and spans do not
     move by P; a batch that came packed (restarting position_ids, no mask) does not leak between its samples.
+
+    A model may hold a bank of prompts of one shape, for languages or tasks: `prompt`, named "default", which it begins
+    with, and `other_prompts`. The samples of one batch may read different ones.
 
     Args:
         backbone: a transformers model of a supported family (`fastprompt.models.families`), with or without a head. Its
@@ -45,12 +55,14 @@ class PromptModel(nn.Module):
         freeze(backbone)
         self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
         self.prompt = new_prompt(config, packed)
+        self.other_prompts = nn.ModuleDict()
 
     def forward(
         self,
         *,
         labels: Tensor | None = None,
         return_logits: bool = False,
+        prompt_ids: Tensor | Sequence[str] | None = None,
         shared_prefix_ids: Tensor | None = None,
         label_smoothing: float = 0.0,
         lower_states: Tensor | None = None,
@@ -61,6 +73,8 @@ class PromptModel(nn.Module):
         Args:
             labels: as the backbone's head takes them.
             return_logits: for a causal language model in training, give the logits of all text positions as well.
+            prompt_ids: (B,) int32 or int64, or B names: which prompt each sample (of a packed batch: each segment)
+                reads; None: the default. Prompts that no sample reads take no part, and get no gradient.
             shared_prefix_ids: (S,) token ids of a text that all samples begin with, such as an instruction. Causal
                 models only: it stands after the prompt, runs once for the batch, and shows in no output. Results are
                 those of the text at the start of every sample, but that under sliding-window attention it stays in view
@@ -70,12 +84,13 @@ class PromptModel(nn.Module):
                 layer with a prefix. Outputs and gradients are those of the whole pass.
 
         Raises:
-            ValueError: an input that does not fit, or one that a packed pass cannot serve.
+            TypeError, ValueError: an input that does not fit, or one that a packed pass cannot serve.
+            IndexError: a value of prompt_ids out of range.
         """
         return_dict = inputs.pop("return_dict", True)
         output = self._packed(
             inputs,
-            **{self.config.kind: self.prompt().unsqueeze(0) if self.config.kind == "prompt" else self.prompt()},
+            **self._bank(prompt_ids),
             position_offset=self.position_offset,
             prefix_in_window=self.config.prefix_in_window,
             labels=labels,
@@ -86,12 +101,103 @@ class PromptModel(nn.Module):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def _bank(self, prompt_ids: Tensor | Sequence[str] | None) -> dict:
+        """What a packed pass takes of the prompts: those that the batch reads, and which of them each sample reads."""
+        names, index = self.prompt_names, None
+        used = names[:1]
+        if prompt_ids is not None:
+            ids = self._indices(prompt_ids)
+            ids, index = ids.unique(return_inverse=True)
+            used = [names[i] for i in ids.tolist()]
+        weights = [self._entry(name).weight.unsqueeze(0) for name in used]
+        weights = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bank = weights if self.config.kind == "prompt" else self.prompt.split(weights)
+        return {self.config.kind: bank, "prompt_index": index}
+
+    def _indices(self, prompt_ids: Tensor | Sequence[str]) -> Tensor:
+        names, device = self.prompt_names, self.prompt.weight.device
+        if not isinstance(prompt_ids, Tensor):
+            unknown = [prompt_ids] if isinstance(prompt_ids, str) else [n for n in prompt_ids if n not in names]
+            if unknown:
+                raise ValueError(f"prompt_ids must be a list of names in {names}, or a tensor, got {unknown[0]!r}")
+            return torch.tensor([names.index(name) for name in prompt_ids], device=device)
+        if prompt_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"prompt_ids must be torch.int32 or torch.int64, got {prompt_ids.dtype}")
+        outside = prompt_ids[(prompt_ids < 0) | (prompt_ids >= len(names))]
+        if len(outside):
+            raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {int(outside[0])}")
+        return prompt_ids.to(device)
+
     def lower_states(self, **inputs) -> Tensor:
         """The (T, D) hidden states of the batch's T tokens that enter `first_layer`, sentence after sentence.
 
         They do not depend on anything that trains. In training mode they are one draw of the backbone's dropout.
         """
         return self._packed.lower_states(inputs, self.first_layer, self.position_offset)
+
+    # -- the bank ------------------------------------------------------------------------------------------------
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The prompts; their order gives the ids."""
+        return DEFAULT, *self.other_prompts
+
+    def _entry(self, name: str) -> Prompt | Prefix:
+        if name not in self.prompt_names:
+            raise ValueError(f"name must be one of {self.prompt_names}, got {name!r}")
+        return self.prompt if name == DEFAULT else self.other_prompts[name]
+
+    def add_prompt(self, name: str, init_from: str | None = None) -> None:
+        """Add a prompt, which trains, at the end of the bank.
+
+        Args:
+            name: new, not empty, without ".", "/" and "\\"; it is also the name of a folder.
+            init_from: the prompt it begins as a copy of; None: it begins as the configuration says.
+
+        Raises:
+            ValueError: a name that does not fit.
+        """
+        self._check_new(name)
+        prompt = new_prompt(self.config, self._packed) if init_from is None else copy.deepcopy(self._entry(init_from))
+        self.other_prompts[name] = prompt.train(self.training).requires_grad_(True)
+
+    def drop_prompt(self, name: str) -> None:
+        """Take a prompt other than the default out of the bank: the ids of later ones go down by one."""
+        if name == DEFAULT:
+            raise ValueError(f"name must not be {DEFAULT!r}: a model keeps its first prompt")
+        self._entry(name)
+        del self.other_prompts[name]
+
+    def freeze_prompt(self, name: str) -> None:
+        """Leave a prompt as it is from now on: it is read and gets no gradient."""
+        self._entry(name).requires_grad_(False)
+
+    def save_prompt(self, name: str, directory: str | Path) -> None:
+        """Write one prompt as `save_pretrained` writes a model that has no other."""
+        checkpoint.save(self, self._entry(name), Path(directory))
+
+    def load_prompt(self, name: str, directory: str | Path, *, trainable: bool = False) -> None:
+        """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head beside it is not read.
+
+        Args:
+            name: as in `add_prompt`.
+            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
+            trainable: whether it goes on training.
+
+        Raises:
+            FileNotFoundError, ValueError: a name that does not fit; a file that is missing or of another kind or shape.
+        """
+        self._check_new(name)
+        prompt = checkpoint.load_prompt(self, Path(directory))
+        self.other_prompts[name] = prompt.train(self.training).requires_grad_(trainable)
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or set(name) & set("./\\"):
+            raise ValueError(f"name must be a string, not empty, without '.', '/' and '\\', got {name!r}")
+        if name == DEFAULT or hasattr(self.other_prompts, name):  # of a ModuleDict's entries, and its own attributes
+            raise ValueError(f"name must be new, and none that torch.nn.ModuleDict has for itself, got {name!r}")
+
+    # -- what the backbone and the prompt make of a batch ----------------------------------------------------------
 
     @property
     def first_layer(self) -> int:
@@ -100,7 +206,7 @@ class PromptModel(nn.Module):
 
     @property
     def prompt_rows(self) -> tuple[int, int]:
-        """Rows that a packed pass runs beside the text: for each sentence, and once for a batch."""
+        """Rows that a packed pass runs beside the text: for each sentence, and once for each prompt a batch reads."""
         rows = self.config.num_virtual_tokens if self.config.kind == "prompt" else 0
         return (0, rows) if self._packed.geometry.is_causal else (rows, 0)
 
@@ -120,12 +226,18 @@ class PromptModel(nn.Module):
         return {name: self.backbone.get_parameter(name) for name in self._head}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`."""
-        checkpoint.save(self, Path(directory))
+        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
+
+        Prompts other than the default go into subfolders of their names, as PEFT's adapters do; each is whole.
+        """
+        directory = Path(directory)
+        for name in self.other_prompts:
+            self.save_prompt(name, directory / name)
+        checkpoint.save(self, self.prompt, directory, others=list(self.other_prompts))
 
     @classmethod
     def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptModel":
-        """Load what `save_pretrained`, or PEFT, wrote.
+        """Load what `save_pretrained`, or PEFT, wrote: of PEFT's the one adapter in the folder; see `load_prompt`.
 
         Args:
             backbone: the model it was trained on.

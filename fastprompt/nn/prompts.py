@@ -35,9 +35,13 @@ class Prefix(nn.Module):
 
     def forward(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Layer index -> key and value, each (1, Hkv, P, D), views of the weight."""
-        parts = self.weight.unflatten(1, (len(self.layers) * 2, self.kv_heads, self.head_dim))
+        return self.split(self.weight.unsqueeze(0))
+
+    def split(self, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """weights (N, P, layers * 2 * Hkv * D) of N prefixes -> layer index -> key and value, (N, Hkv, P, D), views."""
+        parts = weights.unflatten(2, (len(self.layers) * 2, self.kv_heads, self.head_dim))
         # One unbind, not a slice per layer: its backward puts all layers' gradients together in one pass.
-        parts = parts.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        parts = parts.permute(2, 0, 3, 1, 4).unbind(0)
         return {layer: (parts[2 * i], parts[2 * i + 1]) for i, layer in enumerate(self.layers)}
 
 
