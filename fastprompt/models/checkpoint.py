@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from .config import PromptConfig
 from .initial import chosen_layers, new_prompt
 
 WEIGHTS, CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "fastprompt_config.json"
+ENCODER = "encoder.safetensors"
 KEY = "prompt_embeddings"
 HEAD_PREFIX = "base_model."  # what PEFT puts before the names of a trained head
 PEFT_TYPES = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
@@ -25,8 +27,6 @@ _HEADS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# Of a prompt whose weights come from a file: nothing that costs a pass.
-NOTHING = {"init": "random", "init_ids": None, "init_scale": 0.0}
 
 
 def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] = ()) -> None:
@@ -55,15 +55,17 @@ def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] 
     own = dataclasses.asdict(config) | {"other_prompts": list(others)}
     own["layers"] = list(prompt.layers) if config.kind == "prefix" and not whole else None
     own["init_ids"] = None if config.init_ids is None else list(config.init_ids)
-    write_tensors(directory / WEIGHTS, {KEY: prompt.weight} | {HEAD_PREFIX + n: p for n, p in head.items()})
+    if prompt.encoder is not None:
+        write_tensors(directory / ENCODER, prompt.state_dict())
+    write_tensors(directory / WEIGHTS, {KEY: prompt.encoded()} | {HEAD_PREFIX + n: p for n, p in head.items()})
     write_text(directory / OWN_CONFIG, json.dumps(own, indent=2) + "\n")
     write_text(directory / CONFIG, json.dumps(peft_config, indent=2) + "\n")
 
 
-def load(cls, backbone: nn.Module, directory: Path):
+def load(cls, backbone: nn.Module, directory: Path, trainable: bool):
     """See `PromptModel.from_pretrained`."""
     config, tensors, others = _read(directory)
-    model = cls(backbone, dataclasses.replace(config, **NOTHING))
+    model = cls(backbone, _start(config, config, trainable))
     model.config = config
     _fill(model.prompt, tensors.pop(KEY), directory)
     parameters = dict(backbone.named_parameters())
@@ -74,11 +76,11 @@ def load(cls, backbone: nn.Module, directory: Path):
             raise ValueError(f"{name} in {directory} must fit the backbone: {have}, got {tuple(tensor.shape)}")
         parameters[name].data.copy_(tensor)
     for name in others:
-        model.load_prompt(name, directory / name, trainable=True)
+        model.load_prompt(name, directory / name, trainable=trainable)
     return model
 
 
-def load_prompt(model, directory: Path) -> Prompt | Prefix:
+def load_prompt(model, directory: Path, trainable: bool) -> Prompt | Prefix:
     """The prompt in a folder, for the bank of `model`."""
     config, tensors, _ = _read(directory)
     own = model.config
@@ -88,7 +90,7 @@ def load_prompt(model, directory: Path) -> Prompt | Prefix:
     for name, (got, expected) in settings.items():
         if got != expected:
             raise ValueError(f"{name} of the prompt in {directory} must be {expected!r}, as the model's, got {got!r}")
-    prompt = new_prompt(dataclasses.replace(own, **NOTHING), model._packed)
+    prompt = new_prompt(_start(own, config, trainable), model._packed)
     _fill(prompt, tensors[KEY], directory)
     return prompt
 
@@ -117,10 +119,31 @@ def _read(directory: Path) -> tuple[PromptConfig, dict[str, Tensor], list[str]]:
     return config, tensors, others
 
 
-def _fill(prompt: Prompt | Prefix, weight: Tensor, directory: Path) -> None:
-    if weight.shape != prompt.weight.shape:
+def _start(config: PromptConfig, stored: PromptConfig, trainable: bool) -> PromptConfig:
+    """`config`, for a prompt that begins at what a file holds: no pass for it, and an encoder only if it trains on."""
+    encoder, hidden_size = (stored.encoder, stored.encoder_hidden_size) if trainable else (None, None)
+    begin = {"init": "random", "init_ids": None, "init_scale": 0.0}
+    return dataclasses.replace(config, **begin, encoder=encoder, encoder_hidden_size=hidden_size)
+
+
+@torch.no_grad()
+def _fill(prompt: Prompt | Prefix, rows: Tensor, directory: Path) -> None:
+    expected = prompt.encoded().shape
+    if rows.shape != expected:
         raise ValueError(
-            f"{KEY} in {directory / WEIGHTS} must be {tuple(prompt.weight.shape)} for this backbone, "
-            f"got {tuple(weight.shape)}"
+            f"{KEY} in {directory / WEIGHTS} must be {tuple(expected)} for this backbone, got {tuple(rows.shape)}"
         )
-    prompt.weight.data.copy_(weight)
+    if prompt.encoder is None:
+        prompt.weight.copy_(rows)
+        return
+    file = directory / ENCODER
+    if not file.is_file():
+        raise FileNotFoundError(f"directory must hold {ENCODER} to go on training, which is not in {directory}")
+    tensors = load_file(file)
+    shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (prompt.state_dict(), tensors))
+    if got != shapes:
+        raise ValueError(f"{file} must hold {shapes}, got {got}")
+    prompt.load_state_dict(tensors)
+    encoded = prompt.encoded()
+    if not torch.allclose(encoded, rows.to(encoded), rtol=0, atol=1e-2 * float(encoded.abs().max())):
+        raise ValueError(f"{file} belongs to another prompt than the one beside it: files of two runs were mixed")

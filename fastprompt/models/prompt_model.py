@@ -109,9 +109,9 @@ class PromptModel(nn.Module):
             ids = self._indices(prompt_ids)
             ids, index = ids.unique(return_inverse=True)
             used = [names[i] for i in ids.tolist()]
-        weights = [self._entry(name).weight.unsqueeze(0) for name in used]
-        weights = weights[0] if len(weights) == 1 else torch.cat(weights)
-        bank = weights if self.config.kind == "prompt" else self.prompt.split(weights)
+        rows = [self._entry(name).rows().unsqueeze(0) for name in used]
+        rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        bank = rows if self.config.kind == "prompt" else self.prompt.split(rows)
         return {self.config.kind: bank, "prompt_index": index}
 
     def _indices(self, prompt_ids: Tensor | Sequence[str]) -> Tensor:
@@ -182,13 +182,13 @@ class PromptModel(nn.Module):
         Args:
             name: as in `add_prompt`.
             directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
-            trainable: whether it goes on training.
+            trainable: whether it goes on training; an encoder is needed for that, and is left out otherwise.
 
         Raises:
             FileNotFoundError, ValueError: a name that does not fit; a file that is missing or of another kind or shape.
         """
         self._check_new(name)
-        prompt = checkpoint.load_prompt(self, Path(directory))
+        prompt = checkpoint.load_prompt(self, Path(directory), trainable)
         self.other_prompts[name] = prompt.train(self.training).requires_grad_(trainable)
 
     def _check_new(self, name: str) -> None:
@@ -228,7 +228,8 @@ class PromptModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
 
-        Prompts other than the default go into subfolders of their names, as PEFT's adapters do; each is whole.
+        With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains. Prompts other
+        than the default go into subfolders of their names, as PEFT's adapters do; each is whole.
         """
         directory = Path(directory)
         for name in self.other_prompts:
@@ -242,12 +243,12 @@ class PromptModel(nn.Module):
         Args:
             backbone: the model it was trained on.
             directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
-            trainable: whether to go on training.
+            trainable: whether to go on training; encoders are needed for that, and are left out otherwise.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing, of another kind, or of a shape that does not fit.
         """
-        model = checkpoint.load(cls, backbone, Path(directory))
+        model = checkpoint.load(cls, backbone, Path(directory), trainable)
         if not trainable:
             model.requires_grad_(False)
         return model
