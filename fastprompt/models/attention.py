@@ -29,6 +29,7 @@ class PackedPass:
         front: entries N and rows F of each that stand once before all segments (causal models). Rows of an entry attend
             to its prefix and to each other; in every layer their keys and values go on where the prefix ends.
         prefix_in_window: the prefix slides out of a window.
+        adapters: those that act in this pass, if any.
     """
 
     cu_seqlens: Tensor
@@ -37,6 +38,7 @@ class PackedPass:
     prefix_index: Tensor | None
     front: tuple[int, int]
     prefix_in_window: bool
+    adapters: nn.ModuleList | None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         """query (R, H, D), key and value (R, Hkv, D), R = N F + T -> (R, H, D)."""

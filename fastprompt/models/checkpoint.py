@@ -16,7 +16,7 @@ from .config import PromptConfig
 from .initial import chosen_layers, new_prompt
 
 WEIGHTS, CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "fastprompt_config.json"
-ENCODER = "encoder.safetensors"
+ENCODER, ADAPTERS = "encoder.safetensors", "adapters.safetensors"
 KEY = "prompt_embeddings"
 HEAD_PREFIX = "base_model."  # what PEFT puts before the names of a trained head
 PEFT_TYPES = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
@@ -34,14 +34,16 @@ def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] 
     directory.mkdir(parents=True, exist_ok=True)
     config, geometry = model.config, model._packed.geometry
     whole = config.kind == "prompt" or len(prompt.layers) == geometry.layers
+    # PEFT has no prefix in some layers only, and no adapters beside it: it must refuse such a file.
+    peft_type = PEFT_TYPES[config.kind] if whole else "FASTPROMPT_PREFIX_IN_SOME_LAYERS"
+    peft_type = peft_type if model.adapters is None else "FASTPROMPT_WITH_ADAPTERS"
     name = type(model.backbone).__name__
     task = next((task for ending, task in _HEADS.items() if name.endswith(ending)), "FEATURE_EXTRACTION")
     head = model.head()
     modules = sorted({name.split(".")[0] for name in head})
     kv_heads = geometry.kv_heads if config.kind == "prefix" else model.backbone.config.num_attention_heads
     peft_config = {
-        # PEFT has no prefix in some layers only: it must refuse such a file, not put it into the wrong ones.
-        "peft_type": PEFT_TYPES[config.kind] if whole else "FASTPROMPT_PREFIX_IN_SOME_LAYERS",
+        "peft_type": peft_type,
         "task_type": task,
         "base_model_name_or_path": model.backbone.config._name_or_path,
         "inference_mode": True,
@@ -57,6 +59,8 @@ def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] 
     own["init_ids"] = None if config.init_ids is None else list(config.init_ids)
     if prompt.encoder is not None:
         write_tensors(directory / ENCODER, prompt.state_dict())
+    if model.adapters is not None:
+        write_tensors(directory / ADAPTERS, model.adapters.state_dict())
     write_tensors(directory / WEIGHTS, {KEY: prompt.encoded()} | {HEAD_PREFIX + n: p for n, p in head.items()})
     write_text(directory / OWN_CONFIG, json.dumps(own, indent=2) + "\n")
     write_text(directory / CONFIG, json.dumps(peft_config, indent=2) + "\n")
@@ -68,6 +72,8 @@ def load(cls, backbone: nn.Module, directory: Path, trainable: bool):
     model = cls(backbone, _start(config, config, trainable))
     model.config = config
     _fill(model.prompt, tensors.pop(KEY), directory)
+    if model.adapters is not None:
+        _load_state(model.adapters, directory, ADAPTERS)
     parameters = dict(backbone.named_parameters())
     for name, tensor in tensors.items():
         name = name.removeprefix(HEAD_PREFIX)
@@ -136,14 +142,19 @@ def _fill(prompt: Prompt | Prefix, rows: Tensor, directory: Path) -> None:
     if prompt.encoder is None:
         prompt.weight.copy_(rows)
         return
-    file = directory / ENCODER
-    if not file.is_file():
-        raise FileNotFoundError(f"directory must hold {ENCODER} to go on training, which is not in {directory}")
-    tensors = load_file(file)
-    shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (prompt.state_dict(), tensors))
-    if got != shapes:
-        raise ValueError(f"{file} must hold {shapes}, got {got}")
-    prompt.load_state_dict(tensors)
+    _load_state(prompt, directory, ENCODER)
     encoded = prompt.encoded()
     if not torch.allclose(encoded, rows.to(encoded), rtol=0, atol=1e-2 * float(encoded.abs().max())):
-        raise ValueError(f"{file} belongs to another prompt than the one beside it: files of two runs were mixed")
+        raise ValueError(f"{ENCODER} in {directory} makes another prompt than the one beside it: files were mixed")
+
+
+def _load_state(module: nn.Module, directory: Path, name: str) -> None:
+    file = directory / name
+    if not file.is_file():
+        why = " to go on training" if name == ENCODER else ""
+        raise FileNotFoundError(f"directory must hold {name}{why}, which is not in {directory}")
+    tensors = load_file(file)
+    shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (module.state_dict(), tensors))
+    if got != shapes:
+        raise ValueError(f"{file} must hold {shapes}, got {got}")
+    module.load_state_dict(tensors)

@@ -26,6 +26,8 @@ class PromptConfig:
         encoder_hidden_size: of its hidden layers; None: as wide as its input, as in PEFT.
         dropout: probability with which elements of the prompt rows, or of the prefix's keys and values, are dropped in
             training mode; one draw a step, for all samples.
+        adapter_size: features of bottleneck adapters (`fastprompt.nn.Adapter`) after attention and after the
+            feed-forward part of every layer, which train with the prompt. PEFT refuses a checkpoint with adapters.
     """
 
     kind: str = "prefix"
@@ -39,6 +41,7 @@ class PromptConfig:
     encoder: str | None = None
     encoder_hidden_size: int | None = None
     dropout: float = 0.0
+    adapter_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -49,7 +52,7 @@ class PromptConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name, optional in (("num_virtual_tokens", False), ("encoder_hidden_size", True)):
+        for name, optional in (("num_virtual_tokens", False), ("encoder_hidden_size", True), ("adapter_size", True)):
             value = getattr(self, name)
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastprompt.nn import Prefix, Prompt
 
 from . import checkpoint
+from .adapters import Adapters
 from .config import PromptConfig
 from .initial import chosen_layers, new_prompt
 from .packed import PackedBackbone
@@ -30,7 +31,8 @@ class PromptModel(nn.Module):
     move by P; a batch that came packed (restarting position_ids, no mask) does not leak between its samples.
 
     A model may hold a bank of prompts of one shape, for languages or tasks: `prompt`, named "default", which it begins
-    with, and `other_prompts`. The samples of one batch may read different ones.
+    with, and `other_prompts`. The samples of one batch may read different ones. Adapters, if there are any, are common
+    to all; they act in this model's own calls only, not in those of the backbone.
 
     Args:
         backbone: a transformers model of a supported family (`fastprompt.models.families`), with or without a head. Its
@@ -56,6 +58,9 @@ class PromptModel(nn.Module):
         self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
         self.prompt = new_prompt(config, packed)
         self.other_prompts = nn.ModuleDict()
+        self.adapters = None
+        if config.adapter_size is not None:
+            self.adapters = Adapters(packed, config.adapter_size).to(self.prompt.weight)
 
     def forward(
         self,
@@ -98,6 +103,7 @@ class PromptModel(nn.Module):
             shared_ids=shared_prefix_ids,
             label_smoothing=label_smoothing,
             start=None if lower_states is None else (self.first_layer, lower_states),
+            adapters=self.adapters,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -177,7 +183,7 @@ class PromptModel(nn.Module):
         checkpoint.save(self, self._entry(name), Path(directory))
 
     def load_prompt(self, name: str, directory: str | Path, *, trainable: bool = False) -> None:
-        """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head beside it is not read.
+        """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head and adapters beside it are not read.
 
         Args:
             name: as in `add_prompt`.
@@ -201,8 +207,8 @@ class PromptModel(nn.Module):
 
     @property
     def first_layer(self) -> int:
-        """The lowest layer that the prompt enters; what is below it computes a constant."""
-        return 0 if self.config.kind == "prompt" else self.prompt.layers[0]
+        """The lowest layer with something that trains; what is below it computes a constant."""
+        return 0 if self.config.kind == "prompt" or self.adapters is not None else self.prompt.layers[0]
 
     @property
     def prompt_rows(self) -> tuple[int, int]:
@@ -228,8 +234,9 @@ class PromptModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
 
-        With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains. Prompts other
-        than the default go into subfolders of their names, as PEFT's adapters do; each is whole.
+        With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains; adapters go
+        into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as PEFT's adapters
+        do; each is whole.
         """
         directory = Path(directory)
         for name in self.other_prompts:

@@ -83,7 +83,7 @@ def test_files(kind, encoder, tmp_path):
     )
     tensors = load_file(tmp_path / "encoder.safetensors")
     save_file(tensors | {"weight": tensors["weight"] + 3}, tmp_path / "encoder.safetensors")
-    with pytest.raises(ValueError, match="belongs to another prompt"):
+    with pytest.raises(ValueError, match="makes another prompt"):
         PromptModel.from_pretrained(build("bert"), tmp_path, trainable=True)
     save_file(tensors | {"weight": tensors["weight"][1:]}, tmp_path / "encoder.safetensors")
     with pytest.raises(ValueError, match="encoder.safetensors must hold .* got "):

@@ -27,6 +27,7 @@ from fastprompt import PromptConfig, PromptModel
         ({"encoder": "mlp", "encoder_hidden_size": 0}, "encoder_hidden_size must be a positive integer, got 0"),
         ({"encoder_hidden_size": 8}, "encoder_hidden_size is for an encoder, got 8 without one"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"adapter_size": 0}, "adapter_size must be a positive integer, got 0"),
         ({"position_offset": "some"}, "position_offset must be one of"),
     ],
 )
