@@ -112,9 +112,11 @@ class PromptModel(nn.Module):
         names, index = self.prompt_names, None
         used = names[:1]
         if prompt_ids is not None:
-            ids = self._indices(prompt_ids)
-            ids, index = ids.unique(return_inverse=True)
-            used = [names[i] for i in ids.tolist()]
+            ids, index = self._indices(prompt_ids).unique(return_inverse=True)
+            ids = ids.tolist()  # what takes part is decided on the host
+            if ids and not 0 <= ids[0] <= ids[-1] < len(names):
+                raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {ids[0] if ids[0] < 0 else ids[-1]}")
+            used = [names[i] for i in ids]
         rows = [self._entry(name).rows().unsqueeze(0) for name in used]
         rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         bank = rows if self.config.kind == "prompt" else self.prompt.split(rows)
@@ -129,9 +131,6 @@ class PromptModel(nn.Module):
             return torch.tensor([names.index(name) for name in prompt_ids], device=device)
         if prompt_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"prompt_ids must be torch.int32 or torch.int64, got {prompt_ids.dtype}")
-        outside = prompt_ids[(prompt_ids < 0) | (prompt_ids >= len(names))]
-        if len(outside):
-            raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {int(outside[0])}")
         return prompt_ids.to(device)
 
     def lower_states(self, **inputs) -> Tensor:
@@ -235,8 +234,8 @@ class PromptModel(nn.Module):
         """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
 
         With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains; adapters go
-        into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as PEFT's adapters
-        do; each is whole.
+        into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as adapters do in
+        PEFT; each is whole.
         """
         directory = Path(directory)
         for name in self.other_prompts:
