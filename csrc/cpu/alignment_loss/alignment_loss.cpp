@@ -75,7 +75,8 @@ struct Call {
     const int64_t rows = std::ssize(kept), features = teacher.size(1);
     if (rows == 0) return;
     const bool contrast = distances & kInfonce;
-    const int64_t most = contrast ? rows : std::clamp<int64_t>(kChunkElements / std::max<int64_t>(1, features), 1, rows);
+    const int64_t most =
+        contrast ? rows : std::clamp<int64_t>(kChunkElements / std::max<int64_t>(1, features), 1, rows);
     const int64_t chunks = (rows + most - 1) / most, size = (rows + chunks - 1) / chunks;
     // u and v hold normalised rows; du and dv their gradients.
     Tensor u = torch::stable::new_empty(weight, {size, features}),
