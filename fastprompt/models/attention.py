@@ -47,12 +47,12 @@ class PackedPass:
         entries, rows = self.front
         if rows and entries == 1 and prefix is None:
             return prefix_attention(query, key, value, None, None, self.cu_seqlens, prompt_rows=rows, **options)
+        index = self.prefix_index if rows or prefix is not None else None
         if prefix is None:
             empty = key.new_empty(max(entries, 1), key.shape[1], 0, key.shape[2])
             prefix = empty, empty
         prefix = tuple(x.to(key.dtype) for x in prefix)  # it is kept in float32 where the backbone runs in less
         if not rows:
-            index = self.prefix_index
             return prefix_attention(query, key, value, *prefix, self.cu_seqlens, prefix_index=index, **options)
         front = slice(None, entries * rows), slice(entries * rows, None)
         bounds = torch.arange(0, entries * rows + 1, rows, dtype=torch.int32, device=query.device)
@@ -67,7 +67,7 @@ class PackedPass:
         text = prefix_attention(
             *(x[front[1]] for x in (query, key, value)),
             *(*bank, self.cu_seqlens),
-            prefix_index=self.prefix_index,
+            prefix_index=index,
             **options,
         )
         return torch.cat([own, text])

@@ -136,10 +136,10 @@ class PackedBackbone:
             return
         if not self.geometry.is_causal:
             raise ValueError(
-                "shared_ids is for causal models: where rows see later ones, each sentence has rows of its own"
+                "shared_prefix_ids is for causal models: where rows see later ones, each sentence has rows of its own"
             )
         if shared_ids.ndim != 1 or len(shared_ids) == 0:
-            raise ValueError(f"shared_ids must be (S,) with S at least 1, got {tuple(shared_ids.shape)}")
+            raise ValueError(f"shared_prefix_ids must be (S,) with S at least 1, got {tuple(shared_ids.shape)}")
 
 
 class _Call:

@@ -2,6 +2,7 @@
 
 from .alignment import AlignmentLoss
 from .attention import PrefixAttention
+from .encoders import LSTMEncoder, MLPEncoder, PrefixEncoder
 from .prompts import Prefix, Prompt
 
-__all__ = ["AlignmentLoss", "Prefix", "PrefixAttention", "Prompt"]
+__all__ = ["AlignmentLoss", "LSTMEncoder", "MLPEncoder", "Prefix", "PrefixAttention", "PrefixEncoder", "Prompt"]
