@@ -206,7 +206,8 @@ def test_backbone_runs_as_before_without_the_prompt():
     inputs = batch()
     before = backbone(**inputs).last_hidden_state
     PromptModel(backbone, PromptConfig("prompt", P)).eval()(**inputs)
-    assert torch.equal(backbone(**inputs).last_hidden_state, before)
+    # Gemma's own norm is float32 whatever the dtype; the fused one is not.
+    torch.testing.assert_close(backbone(**inputs).last_hidden_state, before, rtol=1e-6, atol=1e-6)
 
 
 def test_an_empty_sentence_and_embeddings_as_input():

@@ -6,24 +6,9 @@
 #include <cstdint>
 
 #include "../../common/alignment_rows.h"
+#include "../rows.h"
 
 namespace fastprompt::alignment_loss {
-
-constexpr int64_t kLanes = 8;  // partial sums, so that additions do not wait for each other
-
-// sums[k] = sum over i of what f(i, add) hands to add(k, ...), in a fixed order.
-template <int Sums, typename A, typename F>
-inline void add_up(int64_t count, A (&sums)[Sums], const F& f) {
-  A lanes[Sums][kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int64_t k = 0; k < kLanes; ++k) f(i + k, [&](int sum, A value) { lanes[sum][k] += value; });
-  for (; i < count; ++i) f(i, [&](int sum, A value) { lanes[sum][i % kLanes] += value; });
-  for (int sum = 0; sum < Sums; ++sum) {
-    sums[sum] = 0;
-    for (int64_t k = 0; k < kLanes; ++k) sums[sum] += lanes[sum][k];
-  }
-}
 
 // Normalises x in place and returns the factor it was multiplied by.
 template <typename A>
