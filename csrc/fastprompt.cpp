@@ -24,4 +24,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, library) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("segment_pool(Tensor hidden, Tensor cu_seqlens, int take) -> Tensor");
   library.def("segment_pool_backward(Tensor grad, Tensor cu_seqlens, SymInt rows, int take) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor");
+  library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, float offset) -> Tensor");
+  library.def("rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)");
+  library.def("gated(Tensor gate, Tensor up, SymInt activation) -> Tensor");
+  library.def("gated_backward(Tensor grad, Tensor gate, Tensor up, SymInt activation) -> (Tensor, Tensor)");
 }

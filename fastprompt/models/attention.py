@@ -43,6 +43,8 @@ class PackedPass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         """query (R, H, D), key and value (R, Hkv, D), R = N F + T -> (R, H, D)."""
         options |= {"is_causal": self.is_causal, "prefix_in_window": self.prefix_in_window}
+        # Under autocast the rotary embedding leaves float32 beside values of less.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         prefix = self.prefix.get(layer)
         entries, rows = self.front
         if rows and entries == 1 and prefix is None:

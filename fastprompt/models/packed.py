@@ -12,6 +12,7 @@ from fastprompt.ops import pack_prompt
 from .attention import NAME, PackedPass
 from .families import geometry
 from .head import CausalHead
+from .layers import fuse_layers
 from .packing import Packing
 
 # The stock arguments that a packed pass replaces. What else a head hands to its base model is passed on.
@@ -20,7 +21,7 @@ _FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length
 
 
 class PackedBackbone:
-    """A transformers model whose base model can run packed, in place: nothing is replaced in it.
+    """A transformers model whose base model can run packed, in place: its layers get a fused forward, and stay.
 
     During a call, two hooks on the base model turn the padded batch it is given into one packed pass, and its packed
     output into what the unchanged head expects: hidden states (B, L, D) of the original length, zero at padding.
@@ -31,6 +32,7 @@ class PackedBackbone:
         self.model, self.base = model, model.base_model
         self.is_causal_lm = self.geometry.is_causal and model.get_output_embeddings() is not None
         model.set_attn_implementation(NAME)
+        fuse_layers(model)
         self._parameters = list(inspect.signature(self.base.forward).parameters)
 
     def __call__(

@@ -3,6 +3,51 @@
 import torch
 from torch import Tensor
 
+from fastprompt import _native
+
+NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def runs_native(backend: str | None, tensor: Tensor, constants: dict[str, Tensor]) -> bool:
+    """Whether an elementwise operator of the CPU library runs it, or the reference.
+
+    Args:
+        backend: None (native where it can), "native" or "reference".
+        tensor: what the operator works on.
+        constants: by name, tensors that the native operator has no gradient of.
+
+    Raises:
+        ValueError: an unknown backend, or "native" where it cannot run.
+    """
+    if backend not in (None, "native", "reference"):
+        raise ValueError(f"backend must be None, 'native' or 'reference', got {backend!r}")
+    if backend == "reference":
+        return False
+    why_not = None
+    if not _native.available(tensor.device.type) or tensor.device.type != "cpu":
+        why_not = _native.why_not("cpu") or f"it needs tensors on the CPU, got {tensor.device}"
+    elif tensor.dtype not in NATIVE_DTYPES:
+        why_not = f"it needs one of {NATIVE_DTYPES}, got {tensor.dtype}"
+    elif torch.is_grad_enabled():
+        trains = [name for name, constant in constants.items() if constant.requires_grad]
+        why_not = f"it has no gradient of {trains[0]}" if trains else None
+    if why_not and backend == "native":
+        raise ValueError(f"backend 'native' is not available: {why_not}")
+    return why_not is None
+
+
+def check_like(tensors: dict[str, Tensor]) -> None:
+    """Raise a ValueError unless all tensors are floating point, of the first one's dtype and on its device."""
+    (first, example), *others = tensors.items()
+    if not example.is_floating_point():
+        raise ValueError(f"{first} must be floating point, got {example.dtype}")
+    for name, tensor in others:
+        if tensor.dtype != example.dtype or tensor.device != example.device:
+            raise ValueError(
+                f"{name} must be {example.dtype} on {example.device}, as {first} is, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
 
 def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True) -> int:
     """Check the bounds of packed segments and return their number B.

@@ -22,20 +22,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunkElements = 1 << 19;  // 2 MB in float32: products of such chunks run at their full rate
-constexpr int64_t kGrain = 1 << 14;          // elements: as many as make a thread worth its start
 
 struct Needs {
   bool student, teacher, weight, bias, row_weight;
   bool z() const { return student || weight || bias; }
 };
-
-template <typename F>
-void over_rows(int64_t count, int64_t width, const F& f) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) f(i);
-                              });
-}
 
 // Calls f with the elementwise distances as a constant, so that loops over features do not ask.
 template <typename F>
@@ -75,7 +66,8 @@ struct Call {
     const int64_t rows = std::ssize(kept), features = teacher.size(1);
     if (rows == 0) return;
     const bool contrast = distances & kInfonce;
-    const int64_t most = contrast ? rows : std::clamp<int64_t>(kChunkElements / std::max<int64_t>(1, features), 1, rows);
+    const int64_t most =
+        contrast ? rows : std::clamp<int64_t>(kChunkElements / std::max<int64_t>(1, features), 1, rows);
     const int64_t chunks = (rows + most - 1) / most, size = (rows + chunks - 1) / chunks;
     // u and v hold normalised rows; du and dv their gradients.
     Tensor u = torch::stable::new_empty(weight, {size, features}),

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -18,23 +17,6 @@ using torch::stable::Tensor;
 // again, block by block.
 constexpr int64_t kKeptBytes = 64 << 20;
 constexpr int64_t kBlockBytes = 16 << 20;
-
-// e^x for x <= 0. float32: 2^round(x log2 e) times a polynomial in the rest, of relative error 2e-9 before rounding;
-// what is below 2^-126 becomes 0. Branchless, so that loops over it vectorise.
-inline float exp_nonpositive(float x) {
-  const float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
-  const float scaled = x * 1.44269504f, y = scaled < -127.0f ? -127.0f : scaled;
-  const float shifted = y + kMagic;
-  const float f = y - (shifted - kMagic);  // in [-0.5, 0.5]
-  float p = f * 0.000153458121613f + 0.00133999311772f;
-  p = p * f + 0.00961848895633f;
-  p = p * f + 0.0555032877711f;
-  p = p * f + 0.240226468906f;
-  p = p * f + 0.693147205737f;
-  p = p * f + 1.0f;
-  return p * std::bit_cast<float>((std::bit_cast<int32_t>(shifted) << 23) + (127 << 23));
-}
-inline double exp_nonpositive(double x) { return std::exp(x); }
 
 // Log-sum-exps as greatest + logarithm: the loss subtracts the greatest first and so loses no digits.
 template <typename A>
@@ -67,7 +49,7 @@ class Infonce {
           own[first + i] = row[first + i];
           const A greatest = greatest_of(row);
           A sum[1];
-          add_up(rows_, sum, [&](int64_t j, auto add) { add(0, exp_nonpositive(row[j] - greatest)); });
+          add_up(rows_, sum, [&](int64_t j, auto add) { add(0, exponential(row[j] - greatest)); });
           of_rows_.greatest[first + i] = greatest;
           of_rows_.logarithm[first + i] = std::log(sum[0]);
         }
@@ -90,11 +72,11 @@ class Infonce {
         for (int64_t i = begin; i < end; ++i) {
           A* row = s + i * rows_;
           const A half = scale_ / 2, mine = half * coefficient[first + i];
-          const A row_sum = of_rows_.greatest[first + i] + of_rows_.logarithm[first + i];
-          for (int64_t j = 0; j < rows_; ++j) {
-            const A column_sum = of_columns_.greatest[j] + of_columns_.logarithm[j];
-            row[j] =
-                mine * exp_nonpositive(row[j] - row_sum) + half * coefficient[j] * exp_nonpositive(row[j] - column_sum);
+          const A greatest = of_rows_.greatest[first + i], logarithm = of_rows_.logarithm[first + i];
+          const A *greatest_of = of_columns_.greatest.data(), *logarithm_of = of_columns_.logarithm.data();
+          for (int64_t j = 0; j < rows_; ++j) {  // the greatest first, as it is near: their sum would be rounded
+            const A by_row = row[j] - greatest - logarithm, by_column = row[j] - greatest_of[j] - logarithm_of[j];
+            row[j] = mine * exponential(by_row) + half * coefficient[j] * exponential(by_column);
           }
           row[first + i] -= 2 * mine;
         }
@@ -144,9 +126,9 @@ class Infonce {
         greatest[j] = greatest[j] < x ? x : greatest[j];
       }
     for (int64_t j = begin; j < end; ++j)
-      sum[j] = sum[j] == 0 ? A(0) : sum[j] * exp_nonpositive(before[j - begin] - greatest[j]);
+      sum[j] = sum[j] == 0 ? A(0) : sum[j] * exponential(before[j - begin] - greatest[j]);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = begin; j < end; ++j) sum[j] += exp_nonpositive(s[i * rows_ + j] - greatest[j]);
+      for (int64_t j = begin; j < end; ++j) sum[j] += exponential(s[i * rows_ + j] - greatest[j]);
   }
 
   Tensor u_, v_, similarity_;

@@ -6,24 +6,9 @@
 #include <cstdint>
 
 #include "../../common/alignment_rows.h"
+#include "../rows.h"
 
 namespace fastprompt::alignment_loss {
-
-constexpr int64_t kLanes = 8;  // partial sums, so that additions do not wait for each other
-
-// sums[k] = sum over i of what f(i, add) hands to add(k, ...), in a fixed order.
-template <int Sums, typename A, typename F>
-inline void add_up(int64_t count, A (&sums)[Sums], const F& f) {
-  A lanes[Sums][kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int64_t k = 0; k < kLanes; ++k) f(i + k, [&](int sum, A value) { lanes[sum][k] += value; });
-  for (; i < count; ++i) f(i, [&](int sum, A value) { lanes[sum][i % kLanes] += value; });
-  for (int sum = 0; sum < Sums; ++sum) {
-    sums[sum] = 0;
-    for (int64_t k = 0; k < kLanes; ++k) sums[sum] += lanes[sum][k];
-  }
-}
 
 // Normalises x in place and returns the factor it was multiplied by.
 template <typename A>
@@ -46,7 +31,7 @@ template <int Distances, typename A>
 A row_distance(const A* u, const A* v, int64_t features) {
   const A per_feature = A(1) / static_cast<A>(features);
   A sum[1];
-  add_up(features, sum, [&](int64_t i, auto add) { add(0, distance_of<Distances>(u[i], v[i], per_feature)); });
+  add_up(features, sum, [&](int64_t i, auto add) { add(0, distance_of(Distances, u[i], v[i], per_feature)); });
   return sum[0] + (Distances & kCosine ? A(1) : A(0));
 }
 
@@ -58,7 +43,7 @@ void differentiate_row(int64_t normalize, A coefficient, A factor, const A* u, c
   if (!add_to_du) std::fill(du, du + features, A(0));
   A sums[2];
   add_up(features, sums, [&](int64_t i, auto add) {
-    du[i] += coefficient * distance_gradient_of<Distances>(u[i], v[i], per_feature);
+    du[i] += coefficient * distance_gradient_of(Distances, u[i], v[i], per_feature);
     add(0, du[i]);
     add(1, u[i] * du[i]);
   });

@@ -8,13 +8,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "../instruction_set.h"
 #include "kernel.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTPROMPT_X86 1
-#else
-#define FASTPROMPT_X86 0
-#endif
 
 namespace fastprompt::prefix_attention {
 

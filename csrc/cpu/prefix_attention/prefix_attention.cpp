@@ -5,9 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -21,19 +19,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// FASTPROMPT_CPU=portable|avx2|avx512 takes less than the CPU has, for tests and for measuring.
 template <typename T>
 Kernels<T, accumulate_t<T>> choose_kernels() {
+  switch (instruction_set()) {
 #if FASTPROMPT_X86
-  const char* forced = std::getenv("FASTPROMPT_CPU");
-  const std::string limit = forced ? forced : "avx512";
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (limit == "avx512" && avx512) return avx512_kernels<T, accumulate_t<T>>();
-  if (limit != "portable" && avx2) return avx2_kernels<T, accumulate_t<T>>();
+    case InstructionSet::kAvx512:
+      return avx512_kernels<T, accumulate_t<T>>();
+    case InstructionSet::kAvx2:
+      return avx2_kernels<T, accumulate_t<T>>();
 #endif
-  return portable_kernels<T, accumulate_t<T>>();
+    default:
+      return portable_kernels<T, accumulate_t<T>>();
+  }
 }
 
 Tensor rows_contiguous(const Tensor& tensor) {

@@ -38,23 +38,8 @@ inline int64_t padded(int64_t n) {
   return (n + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
-// 2^x for x <= 0, NaN for NaN. float32: a polynomial in the fraction, of relative error 2e-9 before rounding, with the
-// exponent added as bits; what is below 2^-126 becomes 0.
-inline V<float> exp2_nonpositive(V<float> x) {
-  const float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
-  x = x < -127.0f ? V<float>{} - 127.0f : x;
-  const V<float> shifted = x + kMagic;
-  const V<float> f = x - (shifted - kMagic);  // in [-0.5, 0.5]
-  V<float> p = f * 0.000153458121613f + 0.00133999311772f;
-  p = p * f + 0.00961848895633f;
-  p = p * f + 0.0555032877711f;
-  p = p * f + 0.240226468906f;
-  p = p * f + 0.693147205737f;
-  p = p * f + 1.0f;
-  using Bits = Vector<float>::bits;
-  const Bits exponent = ((Bits)shifted << 23) + (127 << 23);
-  return p * (V<float>)exponent;
-}
+// 2^x for x <= 0.
+inline V<float> exp2_nonpositive(V<float> x) { return exp2_bounded<Vector<float>::bits>(x); }
 inline V<double> exp2_nonpositive(V<double> x) {
   for (int64_t k = 0; k < kLanes<double>; ++k) x[k] = __builtin_exp2(x[k]);
   return x;

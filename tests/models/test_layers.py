@@ -1,0 +1,95 @@
+"""Fused layers: the modules stay what they were, and step aside where a fused operator cannot run."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from helpers import DECODERS, batch, build
+
+from fastprompt import PromptConfig, PromptModel, _native
+from fastprompt.models.layers import FUSED, fuse_layers
+
+pytestmark = pytest.mark.skipif(not _native.available("cpu"), reason=str(_native.why_not("cpu")))
+
+
+def fused(family: str, auto: str = "AutoModelForCausalLM", dtype: torch.dtype = torch.float32):
+    model = build(family, auto, dtype).requires_grad_(False)
+    stock = copy.deepcopy(model)
+    fuse_layers(model)
+    return model, stock
+
+
+def operators(model, hidden) -> set[str]:
+    """The native operators that a layer runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(hidden)
+    return {event.name.removeprefix("fastprompt::") for event in profile.events() if "fastprompt::" in event.name}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_training_step_runs_the_operators(family):
+    model = PromptModel(build(family, "AutoModelForCausalLM", torch.float32), PromptConfig("prompt", 3)).train()
+    inputs = batch() | {"labels": torch.randint(5, 60, (4, 12))}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**inputs).loss.backward()
+    names = {event.name for event in profile.events()}
+    assert {f"fastprompt::{name}" for name in ("rms_norm_backward", "rotary", "gated_backward")} <= names
+    assert not names & {"aten::silu", "aten::gelu", "aten::rsqrt"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", DECODERS)
+def test_same_logits_and_gradient_of_embeddings(family, dtype):
+    model, stock = fused(family, dtype=dtype)
+    embeddings = torch.randn(2, 9, 48).to(dtype)
+    out = []
+    for each in (model, stock):
+        leaf = embeddings.clone().requires_grad_()
+        logits = each(inputs_embeds=leaf).logits
+        logits.float().square().sum().backward()
+        out.append((logits.detach().double(), leaf.grad.double()))
+    eps = {torch.float64: 1e-6, torch.float32: 5e-5, torch.bfloat16: 0.1}[dtype]  # as for PEFT in test_equality.py
+    for ours, theirs in zip(*out, strict=True):
+        assert (ours - theirs).abs().max() < eps * theirs.abs().max()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_copies_pickles_saves_and_generates(family, tmp_path):
+    model, stock = fused(family)
+    inputs = batch(lengths=(6, 6))
+    want = model(**inputs).logits
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        weights = dict(again.named_parameters())
+        for layer in again.modules():
+            if type(layer) in FUSED.values():  # it reads its own weights, not the original's
+                assert all(p is weights[n] for n, p in again.named_parameters())
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.zero_()
+        assert not again(**inputs).logits.any()
+    assert torch.equal(model(**inputs).logits, want)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.model.layers[0].mlp) is type(stock.model.layers[0].mlp)
+    torch.testing.assert_close(loaded(**inputs).logits, want, rtol=1e-4, atol=1e-4)
+    options = dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(**inputs, **options), stock.generate(**inputs, **options))
+
+
+def test_steps_aside():
+    model, stock = fused("llama")
+    layer, hidden = model.model.layers[0], torch.randn(1, 5, 48)
+    assert operators(layer.mlp, hidden) == {"gated"} and operators(layer.input_layernorm, hidden) == {"rms_norm"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not operators(layer.mlp, hidden)
+    assert not operators(torch.compile(layer.mlp, backend="eager"), hidden)
+    layer.input_layernorm.weight.requires_grad_()
+    assert not operators(layer.input_layernorm, hidden)
+    layer.input_layernorm(hidden).sum().backward()
+    assert layer.input_layernorm.weight.grad is not None
+    assert not operators(layer.half().mlp, hidden.half())
+    other = build("llama", dtype=torch.float32, hidden_act="relu")
+    fuse_layers(other)
+    assert not operators(other.layers[0].mlp, hidden)
