@@ -69,8 +69,8 @@ def test_they_are_adapters_built_into_the_layers(family, checkpointing, kind):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_they_begin_at_nothing_and_the_backbones_own_calls_have_none(family):
     backbone, inputs = build(family), batch()
-    plain = backbone(**inputs).last_hidden_state
     other = PromptModel(backbone, PromptConfig("prefix", P)).eval()
+    plain = backbone(**inputs).last_hidden_state  # of the fused layers
     with_prompt = other(**inputs).last_hidden_state
     model = PromptModel(backbone, PromptConfig("prefix", P, adapter_size=SIZE)).eval()
     model.prompt.load_state_dict(other.prompt.state_dict())

@@ -9,7 +9,7 @@ import transformers
 from helpers import DECODERS, PAD, batch, build
 
 import fastprompt
-from fastprompt import PromptConfig, PromptModel
+from fastprompt import PromptConfig, PromptModel, _native
 
 P = 5
 TEXT = torch.tensor([9, 33, 7])
@@ -56,7 +56,7 @@ def test_it_is_the_text_in_every_sample(family, kind, offset, side):
     expected_loss, expected, expected_gradient = results(model, whole)
     assert logits.shape[:2] == inputs["input_ids"].shape
     own = [row[mask != 0][len(TEXT) :] for row, mask in zip(expected, whole["attention_mask"], strict=True)]
-    eps = 1e-10
+    eps = 1e-10 if _native.available("cpu") else 1e-6  # the models' own norms run in float32 whatever the dtype
     torch.testing.assert_close(logits[inputs["attention_mask"] != 0], torch.cat(own), rtol=eps, atol=eps)
     torch.testing.assert_close(loss, expected_loss, rtol=eps, atol=eps)
     scale = float(expected_gradient.abs().max())
