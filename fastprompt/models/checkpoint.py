@@ -57,7 +57,10 @@ def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] 
     own = dataclasses.asdict(config) | {"other_prompts": list(others)}
     own["layers"] = list(prompt.layers) if config.kind == "prefix" and not whole else None
     own["init_ids"] = None if config.init_ids is None else list(config.init_ids)
+    own |= {"encoder": None, "encoder_hidden_size": None}  # this prompt's: others may have been loaded without theirs
     if prompt.encoder is not None:
+        own |= {"encoder": prompt.encoder.name, "encoder_hidden_size": prompt.encoder.hidden_size}
+        own |= {"init": "random", "init_ids": None}
         write_tensors(directory / ENCODER, prompt.state_dict())
     if model.adapters is not None:
         write_tensors(directory / ADAPTERS, model.adapters.state_dict())

@@ -75,12 +75,6 @@ def test_files(kind, encoder, tmp_path):
     stock = theirs(**inputs).last_hidden_state[:, -mask.shape[1] :]
     torch.testing.assert_close(model(**inputs).last_hidden_state[mask], stock[mask], rtol=1e-4, atol=1e-5)
 
-    fixed.save_pretrained(tmp_path / "again")  # what was loaded for inference has no encoder to go on with
-    with pytest.raises(FileNotFoundError, match="must hold encoder.safetensors to go on training"):
-        PromptModel.from_pretrained(build("bert"), tmp_path / "again", trainable=True)
-    assert torch.equal(
-        PromptModel.from_pretrained(build("bert"), tmp_path / "again").prompt.weight, fixed.prompt.weight
-    )
     tensors = load_file(tmp_path / "encoder.safetensors")
     save_file(tensors | {"weight": tensors["weight"] + 3}, tmp_path / "encoder.safetensors")
     with pytest.raises(ValueError, match="makes another prompt"):
@@ -88,6 +82,32 @@ def test_files(kind, encoder, tmp_path):
     save_file(tensors | {"weight": tensors["weight"][1:]}, tmp_path / "encoder.safetensors")
     with pytest.raises(ValueError, match="encoder.safetensors must hold .* got "):
         PromptModel.from_pretrained(build("bert"), tmp_path, trainable=True)
+
+
+def test_without_the_encoders_file(tmp_path):
+    model_of("bert", "prompt", "mlp").save_pretrained(tmp_path)
+    (tmp_path / "encoder.safetensors").unlink()
+    PromptModel.from_pretrained(build("bert"), tmp_path)
+    with pytest.raises(FileNotFoundError, match="must hold encoder.safetensors to go on training"):
+        PromptModel.from_pretrained(build("bert"), tmp_path, trainable=True)
+
+
+def test_prompts_with_and_without_an_encoder_in_one_model(tmp_path):
+    """Loaded for use, a prompt is its rows alone, and stays so; one added to it has an encoder of its own."""
+    model_of("bert", "prompt", "lstm").save_pretrained(tmp_path / "first")
+    model = PromptModel.from_pretrained(build("bert"), tmp_path / "first").eval()
+    model.add_prompt("xho")
+    model.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second" / "encoder.safetensors").exists()
+    again = PromptModel.from_pretrained(build("bert"), tmp_path / "second", trainable=True).eval()
+    assert again.prompt.encoder is None and again.other_prompts["xho"].encoder.hidden_size == HIDDEN
+    inputs, ids = batch(), torch.tensor([0, 1, 1, 0])
+    expected = model(**inputs, prompt_ids=ids).last_hidden_state
+    assert torch.equal(again(**inputs, prompt_ids=ids).last_hidden_state, expected)
+    again.save_pretrained(tmp_path / "third")
+    third = PromptModel.from_pretrained(build("bert"), tmp_path / "third", trainable=True).eval()
+    assert torch.equal(third(**inputs, prompt_ids=ids).last_hidden_state, expected)
+    assert third.other_prompts["xho"].encoder is not None
 
 
 def test_a_prompt_with_an_encoder_goes_into_a_model_without(tmp_path):
