@@ -7,15 +7,13 @@ take turns. On the CPU the peak of memory beyond inputs and gradients comes from
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import high_water, in_process
 from timing import in_turns, matrix_rate, ratio
 
 from fastprompt.ops import alignment_loss
@@ -77,7 +75,7 @@ def test_alignment_loss(benchmark, shape, device):
         "matrix_gflops": matrix_rate(device, dtype=tensors[0].dtype) / 1e9,
     }
     if device == "cpu" and rows >= 4096:
-        benchmark.extra_info["peak_mib"] = {name: peak_mib(name, *shape) for name in ("ours", "eager")}
+        benchmark.extra_info["peak_mib"] = {name: in_process(__file__, name, *shape) for name in ("ours", "eager")}
     print("", {name: value for name, value in benchmark.extra_info.items()})
     benchmark.pedantic(ways["ours"], rounds=3)
 
@@ -97,28 +95,13 @@ def check(forwards, tensors, distance) -> None:
             assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
-def peak_mib(way: str, *shape) -> float:
-    """High-water mark of a process that does one step, beyond what it held before and the gradients it returns."""
-    # Memory from mmap goes back when it is freed: the mark then is what is in use.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, json.dumps([way, *shape])]
-    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-
-
-def _resident(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def _main() -> None:
     name, distance, rows, size = json.loads(sys.argv[1])
     way = {"ours": ours, "eager": eager}[name]
     step(way, inputs(64, size, "cpu", torch.float32), distance)  # what is set up once
     tensors = inputs(rows, size, "cpu", torch.float32)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew
-    gradients = step(way, tensors, distance)
-    print(_resident("VmHWM") - before - sum(x.numel() for x in gradients) * 4 / 2**20)
+    before, most = high_water(lambda: step(way, tensors, distance))
+    print(most - before - (rows + size) * size * 4 / 2**20)  # beyond the gradients it returns
 
 
 if __name__ == "__main__":

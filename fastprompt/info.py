@@ -16,7 +16,7 @@ SEGMENT_POOL = {"native": ("cpu",), "triton": (), "reference": ()}
 OPERATORS = {
     "prefix_attention": {"native": DEVICE_TYPES, "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
-    "alignment_loss": {"native": ("cpu",), "triton": (), "reference": ()},
+    "alignment_loss": {"native": DEVICE_TYPES, "triton": (), "reference": ()},
     "linear_cross_entropy": {"cut_cross_entropy": (), "chunked": (), "reference": ()},
     "segment_mean": SEGMENT_POOL,
     "segment_first": SEGMENT_POOL,

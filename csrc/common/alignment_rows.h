@@ -23,24 +23,24 @@ C10_HOST_DEVICE A normalizing_factor(int64_t normalize, A sum_of_squares, A feat
 }
 
 // One feature's part in the row's distance; kCosine is 1 plus its parts.
-template <int Distances, typename A>
-C10_HOST_DEVICE A distance_of(A u, A v, A per_feature) {
+template <typename A>
+C10_HOST_DEVICE A distance_of(int distances, A u, A v, A per_feature) {
   const A gap = u - v, size = gap < A(0) ? -gap : gap;
   A sum = 0;
-  if (Distances & kCosine) sum -= u * v;
-  if (Distances & kMse) sum += gap * gap * per_feature;
-  if (Distances & kSmoothL1) sum += (size < A(1) ? gap * gap * A(0.5) : size - A(0.5)) * per_feature;
+  if (distances & kCosine) sum -= u * v;
+  if (distances & kMse) sum += gap * gap * per_feature;
+  if (distances & kSmoothL1) sum += (size < A(1) ? gap * gap * A(0.5) : size - A(0.5)) * per_feature;
   return sum;
 }
 
 // Its derivative by u. All distances are symmetric: with u and v exchanged it is the derivative by v.
-template <int Distances, typename A>
-C10_HOST_DEVICE A distance_gradient_of(A u, A v, A per_feature) {
+template <typename A>
+C10_HOST_DEVICE A distance_gradient_of(int distances, A u, A v, A per_feature) {
   const A gap = u - v, no_more = gap > A(1) ? A(1) : gap;
   A sum = 0;
-  if (Distances & kCosine) sum -= v;
-  if (Distances & kMse) sum += 2 * gap * per_feature;
-  if (Distances & kSmoothL1) sum += (no_more < A(-1) ? A(-1) : no_more) * per_feature;
+  if (distances & kCosine) sum -= v;
+  if (distances & kMse) sum += 2 * gap * per_feature;
+  if (distances & kSmoothL1) sum += (no_more < A(-1) ? A(-1) : no_more) * per_feature;
   return sum;
 }
 

@@ -29,6 +29,7 @@ class PackedPass:
         front: entries N and rows F of each that stand once before all segments (causal models). Rows of an entry attend
             to its prefix and to each other; in every layer their keys and values go on where the prefix ends.
         prefix_in_window: the prefix slides out of a window.
+        adapters: those that act in this pass, if any.
     """
 
     cu_seqlens: Tensor
@@ -37,20 +38,23 @@ class PackedPass:
     prefix_index: Tensor | None
     front: tuple[int, int]
     prefix_in_window: bool
+    adapters: nn.ModuleList | None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         """query (R, H, D), key and value (R, Hkv, D), R = N F + T -> (R, H, D)."""
         options |= {"is_causal": self.is_causal, "prefix_in_window": self.prefix_in_window}
+        # Under autocast the rotary embedding leaves float32 beside values of less.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         prefix = self.prefix.get(layer)
         entries, rows = self.front
         if rows and entries == 1 and prefix is None:
             return prefix_attention(query, key, value, None, None, self.cu_seqlens, prompt_rows=rows, **options)
+        index = self.prefix_index if rows or prefix is not None else None
         if prefix is None:
             empty = key.new_empty(max(entries, 1), key.shape[1], 0, key.shape[2])
             prefix = empty, empty
         prefix = tuple(x.to(key.dtype) for x in prefix)  # it is kept in float32 where the backbone runs in less
         if not rows:
-            index = self.prefix_index
             return prefix_attention(query, key, value, *prefix, self.cu_seqlens, prefix_index=index, **options)
         front = slice(None, entries * rows), slice(entries * rows, None)
         bounds = torch.arange(0, entries * rows + 1, rows, dtype=torch.int32, device=query.device)
@@ -65,7 +69,7 @@ class PackedPass:
         text = prefix_attention(
             *(x[front[1]] for x in (query, key, value)),
             *(*bank, self.cu_seqlens),
-            prefix_index=self.prefix_index,
+            prefix_index=index,
             **options,
         )
         return torch.cat([own, text])

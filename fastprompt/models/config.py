@@ -16,10 +16,18 @@ class PromptConfig:
             drawn at random; "text": those of `init_ids`, repeated or cut to P.
         init_ids: token ids of a text, for init "text".
         init_scale: standard deviation of init "random". None is 0.1 for a prefix (a tenth of PEFT's, which trains much
-            better at the learning rates prompts need) and that of the word embeddings for a prompt.
+            better at the learning rates prompts need) and that of the word embeddings for a prompt; with an encoder it
+            is of the encoder's input, and None is 1.
         position_offset: "peft": the tokens' positions start at P, as in PEFT; "none" (prefix only): at 0.
         prefix_in_window: under sliding-window attention the prefix slides out of view of late rows, as in PEFT; by
             default every row sees it.
+        encoder: None; for a prompt "mlp" or "lstm", as P-tuning, for a prefix "mlp", as PEFT's prefix_projection: what
+            trains is a small network and its input, of which the prompt is made once a step (`fastprompt.nn.encoders`).
+        encoder_hidden_size: of its hidden layers; None: as wide as its input, as in PEFT.
+        dropout: probability with which elements of the prompt rows, or of the prefix's keys and values, are dropped in
+            training mode; one draw a step, for all samples.
+        adapter_size: features of bottleneck adapters (`fastprompt.nn.Adapter`) after attention and after the
+            feed-forward part of every layer, which train with the prompt. PEFT refuses a checkpoint with adapters.
     """
 
     kind: str = "prefix"
@@ -30,17 +38,24 @@ class PromptConfig:
     init_scale: float | None = None
     position_offset: str = "peft"
     prefix_in_window: bool = False
+    encoder: str | None = None
+    encoder_hidden_size: int | None = None
+    dropout: float = 0.0
+    adapter_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("kind", ("prefix", "prompt")),
             ("init", ("random", "vocabulary", "text")),
+            ("encoder", (None, "mlp", "lstm")),
             ("position_offset", ("peft", "none")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            raise ValueError(f"num_virtual_tokens must be a positive integer, got {self.num_virtual_tokens!r}")
+        for name, optional in (("num_virtual_tokens", False), ("encoder_hidden_size", True), ("adapter_size", True)):
+            value = getattr(self, name)
+            if not (optional and value is None) and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.kind == "prompt" and self.layers is not None:
             raise ValueError(f"layers is for kind 'prefix': a prompt enters at the input, got {self.layers!r}")
         if self.kind == "prompt" and self.position_offset == "none":
@@ -51,3 +66,11 @@ class PromptConfig:
             raise ValueError("init_ids must hold at least one token id, got none")
         if self.init_scale is not None and not self.init_scale >= 0:
             raise ValueError(f"init_scale must not be negative, got {self.init_scale}")
+        if self.encoder == "lstm" and self.kind == "prefix":
+            raise ValueError("encoder 'lstm' is for kind 'prompt': a prefix has 'mlp', got kind 'prefix'")
+        if self.encoder is not None and self.init != "random":
+            raise ValueError(f"init must be 'random' with an encoder, which has its own input, got {self.init!r}")
+        if self.encoder is None and self.encoder_hidden_size is not None:
+            raise ValueError(f"encoder_hidden_size is for an encoder, got {self.encoder_hidden_size} without one")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

@@ -15,6 +15,8 @@ class Geometry:
         first_position: position number of a segment's first row (XLM-R begins after its padding index).
         positions: rows of the absolute position table that can be used, or None where positions are relative.
         is_causal: rows see no later rows.
+        sublayers: of a layer, the module that attends, and those whose outputs are what attention and feed-forward part
+            add to the residual stream.
     """
 
     layers: int
@@ -24,9 +26,12 @@ class Geometry:
     first_position: int
     positions: int | None
     is_causal: bool
+    sublayers: tuple[str, str, str]
 
 
 ENCODERS, DECODERS = ("bert", "xlm-roberta"), ("llama", "gemma3_text")
+_IN_ENCODERS = "attention", "attention.output.dropout", "output.dropout"
+_IN_DECODERS = "self_attn", "self_attn.o_proj", "mlp"
 
 
 def geometry(backbone: nn.Module) -> Geometry:
@@ -56,4 +61,5 @@ def geometry(backbone: nn.Module) -> Geometry:
         first_position=first_position,
         positions=config.max_position_embeddings - first_position if family in ENCODERS else None,
         is_causal=family in DECODERS,
+        sublayers=_IN_ENCODERS if family in ENCODERS else _IN_DECODERS,
     )

@@ -13,7 +13,8 @@ def fuse(peft_model):
     It stays the same PeftModel with the same Parameters, checkpoints and `generate` (which runs as before); loss and
     gradients of its forward are the same up to rounding. What differs is what `PromptModel` names: outputs have the
     text's own length (PEFT's prompt tuning shows its virtual tokens), and a causal language model in training mode
-    returns `logits=None` beside its loss unless `return_logits=True`.
+    returns `logits=None` beside its loss unless `return_logits=True`. Its forward also takes `return_logits`,
+    `shared_prefix_ids` and `label_smoothing`, as `PromptModel.forward` does.
 
     Args:
         peft_model: a PeftModel whose active adapter is PREFIX_TUNING, PROMPT_TUNING or P_TUNING, over a supported
@@ -38,7 +39,7 @@ def fuse(peft_model):
         if kwargs.pop("task_ids", None) is not None:
             raise ValueError("task_ids must not be given: multitask prompts cannot be fused")
         labels, return_logits = kwargs.pop("labels", None), kwargs.pop("return_logits", False)
-        own = {name: kwargs.pop(name) for name in ("shared_ids", "label_smoothing") if name in kwargs}
+        shared_ids, label_smoothing = kwargs.pop("shared_prefix_ids", None), kwargs.pop("label_smoothing", 0.0)
         return_dict = kwargs.pop("return_dict", None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
         if kind == "prompt":
@@ -49,7 +50,9 @@ def fuse(peft_model):
             encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}
         output = packed(
             inputs,
-            **({kind: encoded} | own),
+            **{kind: encoded},
+            shared_ids=shared_ids,
+            label_smoothing=label_smoothing,
             position_offset=self.active_peft_config.num_virtual_tokens,
             prefix_in_window=True,
             labels=labels,

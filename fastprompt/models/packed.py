@@ -49,6 +49,7 @@ class PackedBackbone:
         all_logits: bool = True,
         label_smoothing: float = 0.0,
         start: tuple[int, Tensor] | None = None,
+        adapters: nn.ModuleList | None = None,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
 
@@ -65,14 +66,14 @@ class PackedBackbone:
             label_smoothing: of a causal language model's loss.
             start: a layer and the (T, D) hidden states that `lower_states` gave for it and the same inputs: embedding
                 and lower layers, which must have no prompt, are left out.
+            adapters: an `Adapters` made for this backbone, to act in this pass.
         """
         self.check_inputs(inputs)
         self._check_prompts(inputs, prompt_index, shared_ids)
-        call = _Call(self, prefix or {}, prompt, prompt_index, shared_ids, position_offset, prefix_in_window)
+        call = _Call(self, prefix or {}, prompt, prompt_index, shared_ids, position_offset, prefix_in_window, adapters)
         layer, call.states = start or (0, None)
-        if start is not None and (
-            prompt is not None or shared_ids is not None or not 0 < layer <= min(call.prefix, default=layer)
-        ):
+        prompted = any(each is not None for each in (prompt, shared_ids, adapters))
+        if start is not None and (prompted or not 0 < layer <= min(call.prefix, default=layer)):
             raise ValueError(f"start must be at a layer above 0 with no prompt below it, got layer {layer}")
         if start is not None and inputs.get("output_hidden_states"):
             raise ValueError(f"output_hidden_states must not be set with a start at layer {layer}: none below it runs")
@@ -95,16 +96,21 @@ class PackedBackbone:
     def lower_states(self, inputs: dict, layer: int, position_offset: int = 0) -> Tensor:
         """The (T, D) hidden states that enter a layer below which there is no prompt, sentence after sentence."""
         self.check_inputs(inputs)
-        call = _Call(self, {}, None, None, None, position_offset, False)
+        call = _Call(self, {}, None, None, None, position_offset, False, None)
         with self._stand_in(range(layer, self.geometry.layers)) as stand:
             call.run(inputs, self.base)
         return stand.states.squeeze(0)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The base model's layers."""
+        lists = (module for module in self.base.modules() if isinstance(module, nn.ModuleList))
+        return next(modules for modules in lists if len(modules) == self.geometry.layers)
+
     @contextmanager
     def _stand_in(self, which: Sequence[int], states: Tensor | None = None) -> Iterator["_StandIn"]:
         """For a while, one stand-in in the place of each of those layers: their list stays as long as it was."""
-        lists = (module for module in self.base.modules() if isinstance(module, nn.ModuleList))
-        layers = next(modules for modules in lists if len(modules) == self.geometry.layers) if which else []
+        layers = self.layers if which else []
         stand, own = _StandIn(None if states is None else states.unsqueeze(0)), {i: layers[i] for i in which}
         try:
             for i in own:
@@ -138,10 +144,10 @@ class PackedBackbone:
             return
         if not self.geometry.is_causal:
             raise ValueError(
-                "shared_ids is for causal models: where rows see later ones, each sentence has rows of its own"
+                "shared_prefix_ids is for causal models: where rows see later ones, each sentence has rows of its own"
             )
         if shared_ids.ndim != 1 or len(shared_ids) == 0:
-            raise ValueError(f"shared_ids must be (S,) with S at least 1, got {tuple(shared_ids.shape)}")
+            raise ValueError(f"shared_prefix_ids must be (S,) with S at least 1, got {tuple(shared_ids.shape)}")
 
 
 class _Call:
@@ -156,10 +162,11 @@ class _Call:
         shared_ids: Tensor | None,
         position_offset: int,
         prefix_in_window: bool,
+        adapters: nn.ModuleList | None,
     ) -> None:
         self.owner, self.prefix, self.prompt = owner, prefix, prompt
         self.prompt_index, self.shared_ids = prompt_index, shared_ids
-        self.position_offset, self.prefix_in_window = position_offset, prefix_in_window
+        self.position_offset, self.prefix_in_window, self.adapters = position_offset, prefix_in_window, adapters
         self.head: CausalHead | None = None
         self.front = 0, 0  # entries, and rows of each, that stand once before all segments
         self.states: Tensor | None = None  # (T, D) to start from above the embedding
@@ -214,6 +221,7 @@ class _Call:
             self.prompt_index,
             self.front,
             self.prefix_in_window,
+            self.adapters,
         )
         if "use_cache" in self.owner._parameters:
             given["use_cache"] = False

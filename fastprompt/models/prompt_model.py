@@ -1,16 +1,21 @@
 """PromptModel: a frozen transformers model with a trained prompt."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastprompt.nn import Prefix, Prompt
-from fastprompt.nn.prompts import join_prefix
 
 from . import checkpoint
+from .adapters import Adapters
 from .config import PromptConfig
+from .initial import chosen_layers, new_prompt
 from .packed import PackedBackbone
+
+DEFAULT = "default"  # PEFT's name of a first adapter
 
 
 class PromptModel(nn.Module):
@@ -25,6 +30,10 @@ class PromptModel(nn.Module):
     the positions of right-padded ones; token types are honoured for every head; hidden states, logits and spans do not
     move by P; a batch that came packed (restarting position_ids, no mask) does not leak between its samples.
 
+    A model may hold a bank of prompts of one shape, for languages or tasks: `prompt`, named "default", which it begins
+    with, and `other_prompts`. The samples of one batch may read different ones. Adapters, if there are any, are common
+    to all; they act in this model's own calls only, not in those of the backbone.
+
     Args:
         backbone: a transformers model of a supported family (`fastprompt.models.families`), with or without a head. Its
             parameters are frozen, in place, except those of a classification or span head.
@@ -37,7 +46,7 @@ class PromptModel(nn.Module):
     def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
         super().__init__()
         packed = PackedBackbone(backbone)
-        layers = _layers(config, packed.geometry.layers)
+        chosen_layers(config, packed.geometry.layers)
         table = packed.geometry.positions
         if table is not None and config.position_offset == "peft" and config.num_virtual_tokens >= table:
             raise ValueError(
@@ -47,17 +56,20 @@ class PromptModel(nn.Module):
         self.config, self.backbone, self._packed = config, backbone, packed
         freeze(backbone)
         self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-        initial = _initial(config, packed, layers)
-        if config.kind == "prompt":
-            self.prompt = Prompt(initial)
-        else:
-            self.prompt = Prefix(initial, layers, packed.geometry.kv_heads, packed.geometry.head_dim)
+        self.prompt = new_prompt(config, packed)
+        self.other_prompts = nn.ModuleDict()
+        self.adapters = None
+        if config.adapter_size is not None:
+            self.adapters = Adapters(packed, config.adapter_size).to(self.prompt.weight)
 
     def forward(
         self,
         *,
         labels: Tensor | None = None,
         return_logits: bool = False,
+        prompt_ids: Tensor | Sequence[str] | None = None,
+        shared_prefix_ids: Tensor | None = None,
+        label_smoothing: float = 0.0,
         lower_states: Tensor | None = None,
         **inputs,
     ):
@@ -66,20 +78,60 @@ class PromptModel(nn.Module):
         Args:
             labels: as the backbone's head takes them.
             return_logits: for a causal language model in training, give the logits of all text positions as well.
+            prompt_ids: (B,) int32 or int64, or B names: which prompt each sample (of a packed batch: each segment)
+                reads; None: the default. Prompts that no sample reads take no part, and get no gradient.
+            shared_prefix_ids: (S,) token ids of a text that all samples begin with, such as an instruction. Causal
+                models only: it stands after the prompt, runs once for the batch, and shows in no output. Results are
+                those of the text at the start of every sample, but that under sliding-window attention it stays in view
+                as the prompt does (see `PromptConfig.prefix_in_window`).
+            label_smoothing: in [0, 1], of a causal language model's loss, as in `torch.nn.functional.cross_entropy`.
             lower_states: (T, D), what the method of that name gave for the same inputs: the pass begins at the first
                 layer with a prefix. Outputs and gradients are those of the whole pass.
+
+        Raises:
+            TypeError, ValueError: an input that does not fit, or one that a packed pass cannot serve.
+            IndexError: a value of prompt_ids out of range.
         """
         return_dict = inputs.pop("return_dict", True)
         output = self._packed(
             inputs,
-            **{self.config.kind: self.prompt().unsqueeze(0) if self.config.kind == "prompt" else self.prompt()},
+            **self._bank(prompt_ids),
             position_offset=self.position_offset,
             prefix_in_window=self.config.prefix_in_window,
             labels=labels,
             all_logits=return_logits or not self.training or labels is None,
+            shared_ids=shared_prefix_ids,
+            label_smoothing=label_smoothing,
             start=None if lower_states is None else (self.first_layer, lower_states),
+            adapters=self.adapters,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _bank(self, prompt_ids: Tensor | Sequence[str] | None) -> dict:
+        """What a packed pass takes of the prompts: those that the batch reads, and which of them each sample reads."""
+        names, index = self.prompt_names, None
+        used = names[:1]
+        if prompt_ids is not None:
+            ids, index = self._indices(prompt_ids).unique(return_inverse=True)
+            ids = ids.tolist()  # what takes part is decided on the host
+            if ids and not 0 <= ids[0] <= ids[-1] < len(names):
+                raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {ids[0] if ids[0] < 0 else ids[-1]}")
+            used = [names[i] for i in ids]
+        rows = [self._entry(name).rows().unsqueeze(0) for name in used]
+        rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        bank = rows if self.config.kind == "prompt" else self.prompt.split(rows)
+        return {self.config.kind: bank, "prompt_index": index}
+
+    def _indices(self, prompt_ids: Tensor | Sequence[str]) -> Tensor:
+        names, device = self.prompt_names, self.prompt.weight.device
+        if not isinstance(prompt_ids, Tensor):
+            unknown = [prompt_ids] if isinstance(prompt_ids, str) else [n for n in prompt_ids if n not in names]
+            if unknown:
+                raise ValueError(f"prompt_ids must be a list of names in {names}, or a tensor, got {unknown[0]!r}")
+            return torch.tensor([names.index(name) for name in prompt_ids], device=device)
+        if prompt_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"prompt_ids must be torch.int32 or torch.int64, got {prompt_ids.dtype}")
+        return prompt_ids.to(device)
 
     def lower_states(self, **inputs) -> Tensor:
         """The (T, D) hidden states of the batch's T tokens that enter `first_layer`, sentence after sentence.
@@ -88,14 +140,78 @@ class PromptModel(nn.Module):
         """
         return self._packed.lower_states(inputs, self.first_layer, self.position_offset)
 
+    # -- the bank ------------------------------------------------------------------------------------------------
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The prompts; their order gives the ids."""
+        return DEFAULT, *self.other_prompts
+
+    def _entry(self, name: str) -> Prompt | Prefix:
+        if name not in self.prompt_names:
+            raise ValueError(f"name must be one of {self.prompt_names}, got {name!r}")
+        return self.prompt if name == DEFAULT else self.other_prompts[name]
+
+    def add_prompt(self, name: str, init_from: str | None = None) -> None:
+        """Add a prompt, which trains, at the end of the bank.
+
+        Args:
+            name: new, not empty, without ".", "/" and "\\"; it is also the name of a folder.
+            init_from: the prompt it begins as a copy of; None: it begins as the configuration says.
+
+        Raises:
+            ValueError: a name that does not fit.
+        """
+        self._check_new(name)
+        prompt = new_prompt(self.config, self._packed) if init_from is None else copy.deepcopy(self._entry(init_from))
+        self.other_prompts[name] = prompt.train(self.training).requires_grad_(True)
+
+    def drop_prompt(self, name: str) -> None:
+        """Take a prompt other than the default out of the bank: the ids of later ones go down by one."""
+        if name == DEFAULT:
+            raise ValueError(f"name must not be {DEFAULT!r}: a model keeps its first prompt")
+        self._entry(name)
+        del self.other_prompts[name]
+
+    def freeze_prompt(self, name: str) -> None:
+        """Leave a prompt as it is from now on: it is read and gets no gradient."""
+        self._entry(name).requires_grad_(False)
+
+    def save_prompt(self, name: str, directory: str | Path) -> None:
+        """Write one prompt as `save_pretrained` writes a model that has no other."""
+        checkpoint.save(self, self._entry(name), Path(directory))
+
+    def load_prompt(self, name: str, directory: str | Path, *, trainable: bool = False) -> None:
+        """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head and adapters beside it are not read.
+
+        Args:
+            name: as in `add_prompt`.
+            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
+            trainable: whether it goes on training; an encoder is needed for that, and is left out otherwise.
+
+        Raises:
+            FileNotFoundError, ValueError: a name that does not fit; a file that is missing or of another kind or shape.
+        """
+        self._check_new(name)
+        prompt = checkpoint.load_prompt(self, Path(directory), trainable)
+        self.other_prompts[name] = prompt.train(self.training).requires_grad_(trainable)
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or set(name) & set("./\\"):
+            raise ValueError(f"name must be a string, not empty, without '.', '/' and '\\', got {name!r}")
+        if name == DEFAULT or hasattr(self.other_prompts, name):  # of a ModuleDict's entries, and its own attributes
+            raise ValueError(f"name must be new, and none that torch.nn.ModuleDict has for itself, got {name!r}")
+
+    # -- what the backbone and the prompt make of a batch ----------------------------------------------------------
+
     @property
     def first_layer(self) -> int:
-        """The lowest layer that the prompt enters; what is below it computes a constant."""
-        return 0 if self.config.kind == "prompt" else self.prompt.layers[0]
+        """The lowest layer with something that trains; what is below it computes a constant."""
+        return 0 if self.config.kind == "prompt" or self.adapters is not None else self.prompt.layers[0]
 
     @property
     def prompt_rows(self) -> tuple[int, int]:
-        """Rows that a packed pass runs beside the text: for each sentence, and once for a batch."""
+        """Rows that a packed pass runs beside the text: for each sentence, and once for each prompt a batch reads."""
         rows = self.config.num_virtual_tokens if self.config.kind == "prompt" else 0
         return (0, rows) if self._packed.geometry.is_causal else (rows, 0)
 
@@ -115,22 +231,30 @@ class PromptModel(nn.Module):
         return {name: self.backbone.get_parameter(name) for name in self._head}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`."""
-        checkpoint.save(self, Path(directory))
+        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
+
+        With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains; adapters go
+        into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as adapters do in
+        PEFT; each is whole.
+        """
+        directory = Path(directory)
+        for name in self.other_prompts:
+            self.save_prompt(name, directory / name)
+        checkpoint.save(self, self.prompt, directory, others=list(self.other_prompts))
 
     @classmethod
     def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptModel":
-        """Load what `save_pretrained`, or PEFT, wrote.
+        """Load what `save_pretrained`, or PEFT, wrote: of PEFT's the one adapter in the folder; see `load_prompt`.
 
         Args:
             backbone: the model it was trained on.
             directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
-            trainable: whether to go on training.
+            trainable: whether to go on training; encoders are needed for that, and are left out otherwise.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing, of another kind, or of a shape that does not fit.
         """
-        model = checkpoint.load(cls, backbone, Path(directory))
+        model = checkpoint.load(cls, backbone, Path(directory), trainable)
         if not trainable:
             model.requires_grad_(False)
         return model
@@ -142,50 +266,3 @@ def freeze(backbone: nn.Module) -> None:
     output = backbone.get_output_embeddings()
     if output is not None:
         backbone.requires_grad_(False)
-
-
-def _layers(config: PromptConfig, count: int) -> list[int]:
-    if config.layers is None:
-        return list(range(count))
-    layers = []
-    for layer in config.layers:
-        if not isinstance(layer, int) or not -count <= layer < count:
-            raise ValueError(f"layers must be indices of the backbone's {count} layers, got {layer!r}")
-        layers.append(layer % count)
-    if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"layers must be different and at least one, got {list(config.layers)}")
-    return sorted(layers)
-
-
-@torch.no_grad()
-def _initial(config: PromptConfig, packed: PackedBackbone, layers: list[int]) -> Tensor:
-    """The weight a prompt begins at, on the backbone's device, float32 at least: small steps are lost in less."""
-    embedding = packed.base.get_input_embeddings()
-    geometry, rows = packed.geometry, config.num_virtual_tokens
-    like = embedding.weight
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if config.init == "random":
-        if config.kind == "prompt":
-            scale = float(embedding(torch.arange(min(1024, len(like)), device=like.device)).std())
-            columns = geometry.hidden
-        else:
-            scale, columns = 0.1, len(layers) * 2 * geometry.kv_heads * geometry.head_dim
-        scale = scale if config.init_scale is None else config.init_scale
-        return torch.randn(rows, columns, dtype=dtype, device=like.device) * scale
-    if config.init == "vocabulary":
-        ids = torch.randint(len(like), (rows,), device=like.device)
-    else:
-        ids = torch.as_tensor(list(config.init_ids), device=like.device)
-        if ids.min() < 0 or ids.max() >= len(like):
-            raise ValueError(f"init_ids must be in [0, {len(like)}), got {ids.min()} to {ids.max()}")
-        ids = ids.repeat(-(-rows // len(ids)))[:rows]
-    if config.kind == "prompt":
-        return embedding(ids).to(dtype)
-    from transformers import DynamicCache
-
-    was_training = packed.base.training
-    packed.base.eval()
-    cache = DynamicCache()  # plain layers: a sliding one would cut the prefix
-    packed.base(input_ids=ids.unsqueeze(0), past_key_values=cache)
-    packed.base.train(was_training)
-    return join_prefix([(cache.layers[i].keys[0], cache.layers[i].values[0]) for i in layers]).to(dtype)

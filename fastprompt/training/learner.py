@@ -48,20 +48,29 @@ class Learner(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def loss(
-        self, sentences: Sequence[list[int]], teacher: Tensor, labels: Tensor | None, states: Tensor | None = None
+        self,
+        sentences: Sequence[list[int]],
+        teacher: Tensor,
+        labels: Tensor | None,
+        states: Tensor | None = None,
+        aligned: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The parts of the loss of one batch: "alignment", and "task" where there are labels; their sum is the loss.
 
+        Labelled sentences and sentences with a partner, which need not be the same, share one pass.
+
         Args:
-            sentences: N target sentences, token ids.
-            teacher: (N, D) vectors of the source sentences.
-            labels: (N,) int64 or None.
+            sentences: N sentences, token ids.
+            teacher: (N, D) vectors of their partners in the source language.
+            labels: (N,) int64, -100 for a sentence without; or None.
+            aligned: (N,) 1 for a sentence with a partner, 0 for one without, whose teacher row is not read; None: all.
             states: (T, D) or None, the sentences' `PromptModel.lower_states`, where they are at hand.
         """
         student = encode(self.prompted, sentences, self.pooling, self.device, lower_states=states)
-        parts = {"alignment": self.alignment(student, teacher)}
+        parts = {"alignment": self.alignment(student, teacher, aligned)}
         if labels is not None:
-            parts["task"] = F.cross_entropy(self.head(student), labels)
+            total = F.cross_entropy(self.head(student), labels, reduction="sum")  # -100 is left out
+            parts["task"] = total / (labels != -100).sum().clamp(min=1)
         return parts
 
     @torch.no_grad()

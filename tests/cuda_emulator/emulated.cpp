@@ -97,6 +97,7 @@ inline float power_of_two(float exponent) { return std::exp2(exponent); }
 
 }  // namespace fastprompt::prefix_attention
 
+#include "../../csrc/cuda/alignment_loss.cu"
 #include "../../csrc/cuda/pack_prompt.cu"
 #include "../../csrc/cuda/prefix_attention.cu"
 #include "../../csrc/fastprompt.cpp"

@@ -21,6 +21,13 @@ from fastprompt import PromptConfig, PromptModel
         ({"init_scale": -1.0}, "init_scale must not be negative"),
         ({"kind": "prompt", "layers": [0]}, "layers is for kind 'prefix'"),
         ({"kind": "prompt", "position_offset": "none"}, "position_offset 'none' is for kind 'prefix'"),
+        ({"encoder": "gru"}, r"encoder must be one of \(None, 'mlp', 'lstm'\), got 'gru'"),
+        ({"encoder": "lstm"}, "encoder 'lstm' is for kind 'prompt'"),
+        ({"encoder": "mlp", "init": "vocabulary"}, "init must be 'random' with an encoder.* got 'vocabulary'"),
+        ({"encoder": "mlp", "encoder_hidden_size": 0}, "encoder_hidden_size must be a positive integer, got 0"),
+        ({"encoder_hidden_size": 8}, "encoder_hidden_size is for an encoder, got 8 without one"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"adapter_size": 0}, "adapter_size must be a positive integer, got 0"),
         ({"position_offset": "some"}, "position_offset must be one of"),
     ],
 )

@@ -233,3 +233,22 @@ def test_bfloat16_backbone_with_a_float32_prompt(family, kind):
     assert got.dtype == torch.bfloat16
     assert (got - expected).abs().max() < 0.1 * expected.abs().max()
     assert gradient(half, got.float().square().sum()).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_autocast(family, kind):
+    auto = "AutoModelForCausalLM" if family in DECODERS else "AutoModelForSequenceClassification"
+    model = PromptModel(build(family, auto, torch.float32), PromptConfig(kind, P, init_scale=1.0)).train()
+    inputs = batch()
+    labels = torch.tensor([0, 1, 1, 0])
+    if family in DECODERS:
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    plain = model(**inputs, labels=labels).loss
+    expected = gradient(model, plain).clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs, labels=labels).loss
+    got = gradient(model, loss)
+    assert loss.dtype == torch.float32 and model.prompt.weight.dtype == torch.float32
+    torch.testing.assert_close(loss, plain, rtol=0.05, atol=0)
+    assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0) > 0.98

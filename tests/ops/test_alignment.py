@@ -126,11 +126,11 @@ def check(args, backend, **options):
     grad = torch.randn_like(want)
     got = alignment_loss(**args, **options, backend=backend)
     found = gradients(got, args, grad)
-    torch.testing.assert_close(got.cpu(), want, check_dtype=False)  # as close as the coarser of both dtypes allows
-    for name, want_grad in gradients(want, true, grad).items():
-        torch.testing.assert_close(
-            found[name].cpu(), want_grad, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    for name, want_value in (gradients(want, true, grad) | {"loss": want}).items():
+        value = got if name == "loss" else found[name]
+        near = {"rtol": 0, "atol": 64 * torch.finfo(got.dtype).eps * max(1, want_value.abs().max().item())}
+        named = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(value.detach().cpu().to(want), want_value.detach(), msg=named, **near)
     return found
 
 
@@ -139,8 +139,8 @@ def backend(request):
     device = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
     if request.param == "triton" and device != TRITON_DEVICE:
         pytest.skip("needs triton, and a CUDA device or TRITON_INTERPRET=1")
-    if request.param == "native" and (device != "cpu" or not _native.available("cpu")):
-        pytest.skip("needs the native library, and the CPU")
+    if request.param == "native" and not _native.available(device):
+        pytest.skip(f"no native library: {_native.why_not(device)}")
     return request.param
 
 
@@ -352,56 +352,6 @@ def test_gradcheck(backend, device, normalize, distance, reduction):
         return alignment_loss(**dict(zip(NAMES, values, strict=True)), **options)
 
     assert torch.autograd.gradcheck(run, tuple(args.values()))
-
-
-@pytest.mark.skipif(not _native.available("cpu"), reason="needs the native library")
-@pytest.mark.parametrize(
-    "optional, dtype, options",
-    [
-        (True, torch.float32, (0, 9, 0.7, 2)),  # l2, infonce+cosine, mean
-        (True, torch.bfloat16, (1, 2, 0.05, 0)),  # layer, mse, none
-        (False, torch.float32, (2, 4, 0.05, 1)),  # none, smooth_l1, sum
-    ],
-)
-def test_opcheck(optional, dtype, options):
-    args = inputs(5, 4, 3, bias=optional, row_weight=optional, dtype=dtype)
-    if optional:
-        args["row_weight"] = args["row_weight"].detach().float().requires_grad_()
-    at_once = [x is not None and options[-1] != 0 for x in args.values()]
-    torch.library.opcheck(torch.ops.fastprompt.alignment_loss.default, (*args.values(), None, *options, *at_once))
-
-
-def test_no_second_derivative(backend):
-    if backend == "reference":
-        pytest.skip("plain PyTorch")
-    args = inputs(5, 4, 3, dtype=finest(backend))
-    for reduction in "mean", "none":
-        loss = alignment_loss(**args, reduction=reduction, backend=backend).sum()
-        (grad,) = torch.autograd.grad(loss, args["student"], create_graph=True)
-        with pytest.raises(RuntimeError, match="alignment_loss has no second derivative"):
-            grad.sum().backward()
-
-
-def test_a_loss_that_is_scaled_and_differentiated_again(backend):
-    args = inputs(5, 4, 3, dtype=finest(backend))
-    loss = alignment_loss(**args, distance="infonce+mse", backend=backend)
-    first, second = (torch.autograd.grad(loss * c, args["student"], retain_graph=True)[0] for c in (1.0, -2.5))
-    torch.testing.assert_close(second, -2.5 * first)
-    assert torch.equal(torch.autograd.grad(loss, args["student"])[0], first)  # what was handed out was not changed
-
-
-@pytest.mark.parametrize("dynamic, dtype", [(False, None), (True, torch.bfloat16)])
-def test_compile(backend, device, dtype, dynamic):
-    dtype = dtype or finest(backend)
-    torch.compiler.reset()
-    compiled = torch.compile(alignment_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for shape, normalize in ((5, 6, 4), "l2"), ((9, 3, 7), "layer"):
-        args = inputs(*shape, dtype=dtype, device=device)
-        options = {"normalize": normalize, "distance": "infonce+mse", "backend": backend}
-        got, want = (run(**args, **options) for run in (compiled, alignment_loss))
-        assert got.dtype == want.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(*(gradients(loss, args, torch.tensor(1.5)) for loss in (got, want)))
 
 
 def test_non_contiguous(backend, device):

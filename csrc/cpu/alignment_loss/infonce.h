@@ -72,10 +72,11 @@ class Infonce {
         for (int64_t i = begin; i < end; ++i) {
           A* row = s + i * rows_;
           const A half = scale_ / 2, mine = half * coefficient[first + i];
-          const A row_sum = of_rows_.greatest[first + i] + of_rows_.logarithm[first + i];
-          for (int64_t j = 0; j < rows_; ++j) {
-            const A column_sum = of_columns_.greatest[j] + of_columns_.logarithm[j];
-            row[j] = mine * exponential(row[j] - row_sum) + half * coefficient[j] * exponential(row[j] - column_sum);
+          const A greatest = of_rows_.greatest[first + i], logarithm = of_rows_.logarithm[first + i];
+          const A *greatest_of = of_columns_.greatest.data(), *logarithm_of = of_columns_.logarithm.data();
+          for (int64_t j = 0; j < rows_; ++j) {  // the greatest first, as it is near: their sum would be rounded
+            const A by_row = row[j] - greatest - logarithm, by_column = row[j] - greatest_of[j] - logarithm_of[j];
+            row[j] = mine * exponential(by_row) + half * coefficient[j] * exponential(by_column);
           }
           row[first + i] -= 2 * mine;
         }

@@ -31,7 +31,7 @@ template <int Distances, typename A>
 A row_distance(const A* u, const A* v, int64_t features) {
   const A per_feature = A(1) / static_cast<A>(features);
   A sum[1];
-  add_up(features, sum, [&](int64_t i, auto add) { add(0, distance_of<Distances>(u[i], v[i], per_feature)); });
+  add_up(features, sum, [&](int64_t i, auto add) { add(0, distance_of(Distances, u[i], v[i], per_feature)); });
   return sum[0] + (Distances & kCosine ? A(1) : A(0));
 }
 
@@ -43,7 +43,7 @@ void differentiate_row(int64_t normalize, A coefficient, A factor, const A* u, c
   if (!add_to_du) std::fill(du, du + features, A(0));
   A sums[2];
   add_up(features, sums, [&](int64_t i, auto add) {
-    du[i] += coefficient * distance_gradient_of<Distances>(u[i], v[i], per_feature);
+    du[i] += coefficient * distance_gradient_of(Distances, u[i], v[i], per_feature);
     add(0, du[i]);
     add(1, u[i] * du[i]);
   });

@@ -18,6 +18,8 @@ DISTANCES = ("cosine", "mse", "smooth_l1", "infonce")
 REDUCTIONS = ("mean", "sum", "none")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
 BACKENDS = ("native", "triton", "reference")
+# On a GPU. Up to here launches are the cost, and the C++ path has fewer: counted in benchmarks/NOTES.md, not measured.
+FEW_ROWS = 1024
 
 
 def alignment_loss(
@@ -52,8 +54,8 @@ def alignment_loss(
             over both directions), or several joined by "+", whose losses are added.
         temperature: of "infonce"; None is 0.05.
         reduction: "mean" (weighted sum over the sum of weights; 0 if all weights are 0), "sum" (weighted), or "none".
-        backend: None chooses; "native" (C++, CPU only), "triton" (GPUs, no float64) or "reference". The first two find
-            loss and gradients in one pass and have no second derivative.
+        backend: None chooses; "native" (C++; on a GPU for few rows), "triton" (GPUs, no float64) or "reference". The
+            first two find loss and gradients in one pass and have no second derivative.
 
     Returns:
         A scalar, or (N,) weighted rows for reduction "none"; float32, or float64 for float64 inputs.
@@ -108,16 +110,16 @@ def alignment_loss(
 
 def _choose(backend: str | None, student: Tensor) -> str:
     """The backend that runs: the fastest that can, or the one asked for."""
-    native_fits = student.device.type == "cpu" and _native.available("cpu")
+    native_fits = _native.available(student.device.type)
     if backend is None:
-        if native_fits:
+        on_gpu = student.device.type == "cuda"
+        if native_fits and not (on_gpu and len(student) > FEW_ROWS):
             return "native"
-        return "triton" if student.device.type == "cuda" and _why_not_triton(student) is None else "reference"
+        return "triton" if on_gpu and _why_not_triton(student) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "native" and not native_fits:
-        reason = _native.why_not("cpu") or f"needs tensors on the CPU, got {student.device}"
-        raise ValueError(f"backend 'native' is not available: {reason}")
+        raise ValueError(f"backend 'native' is not available: {_native.why_not(student.device.type)}")
     if backend == "triton" and (reason := _why_not_triton(student)):
         raise ValueError(f"backend 'triton' {reason}")
     return backend

@@ -71,7 +71,8 @@ class _AlignmentLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *second: Tensor | None) -> tuple:
         if any(each is not None for each in second):  # somebody differentiates the gradients that came with the loss
             raise RuntimeError("alignment_loss has no second derivative, but for backend 'reference'")
-        if grad is not None and not _by_row(ctx) and grad.item() == 1:  # as from loss.backward(): spares a pass
+        at_hand = grad is not None and grad.device.type == "cpu"  # elsewhere nobody waits for its value
+        if at_hand and not _by_row(ctx) and grad.item() == 1:  # as from loss.backward(): spares a pass
             return _wanted(ctx, ctx.saved_tensors)
         return _differentiate(ctx, grad, run=_AlignmentLoss.apply)
 

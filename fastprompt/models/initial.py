@@ -1,0 +1,95 @@
+"""How a prompt begins: its module, and the weight in it."""
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.nn import LSTMEncoder, MLPEncoder, Prefix, PrefixEncoder, Prompt
+from fastprompt.nn.prompts import join_prefix
+
+from .config import PromptConfig
+from .packed import PackedBackbone
+
+
+def new_prompt(config: PromptConfig, packed: PackedBackbone) -> Prompt | Prefix:
+    """A prompt as `config` describes it, on the backbone's device, float32 at least: small steps are lost in less."""
+    geometry, dropout = packed.geometry, config.dropout
+    initial = _initial(config, packed)
+    encoder = _encoder(config, packed)
+    if encoder is not None:
+        encoder.to(initial)
+    if config.kind == "prompt":
+        return Prompt(initial, encoder, dropout)
+    layers = chosen_layers(config, geometry.layers)
+    return Prefix(initial, layers, geometry.kv_heads, geometry.head_dim, encoder, dropout)
+
+
+def chosen_layers(config: PromptConfig, count: int) -> list[int]:
+    """The layers, ascending and from 0, that a prefix enters in a backbone of `count` layers.
+
+    Raises:
+        ValueError: config.layers has none, one twice, or one that is not there.
+    """
+    if config.layers is None:
+        return list(range(count))
+    layers = []
+    for layer in config.layers:
+        if not isinstance(layer, int) or not -count <= layer < count:
+            raise ValueError(f"layers must be indices of the backbone's {count} layers, got {layer!r}")
+        layers.append(layer % count)
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"layers must be different and at least one, got {list(config.layers)}")
+    return sorted(layers)
+
+
+def _encoder(config: PromptConfig, packed: PackedBackbone) -> nn.Module | None:
+    if config.encoder is None:
+        return None
+    width, columns = _widths(config, packed)
+    hidden_size = config.encoder_hidden_size or width
+    if config.kind == "prefix":
+        return PrefixEncoder(width, hidden_size, columns)
+    return (MLPEncoder if config.encoder == "mlp" else LSTMEncoder)(width, hidden_size)
+
+
+def _widths(config: PromptConfig, packed: PackedBackbone) -> tuple[int, int]:
+    """Features of a row that an encoder takes, and of a row of the prompt."""
+    geometry = packed.geometry
+    if config.kind == "prompt":
+        return geometry.hidden, geometry.hidden
+    width = geometry.kv_heads * geometry.head_dim
+    return width, len(chosen_layers(config, geometry.layers)) * 2 * width
+
+
+@torch.no_grad()
+def _initial(config: PromptConfig, packed: PackedBackbone) -> Tensor:
+    embedding = packed.base.get_input_embeddings()
+    rows, like = config.num_virtual_tokens, embedding.weight
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if config.init == "random":
+        width, columns = _widths(config, packed)
+        if config.encoder is not None:
+            scale, columns = 1.0, width
+        elif config.kind == "prompt":
+            scale = float(embedding(torch.arange(min(1024, len(like)), device=like.device)).std())
+        else:
+            scale = 0.1
+        scale = scale if config.init_scale is None else config.init_scale
+        return torch.randn(rows, columns, dtype=dtype, device=like.device) * scale
+    if config.init == "vocabulary":
+        ids = torch.randint(len(like), (rows,), device=like.device)
+    else:
+        ids = torch.as_tensor(list(config.init_ids), device=like.device)
+        if ids.min() < 0 or ids.max() >= len(like):
+            raise ValueError(f"init_ids must be in [0, {len(like)}), got {ids.min()} to {ids.max()}")
+        ids = ids.repeat(-(-rows // len(ids)))[:rows]
+    if config.kind == "prompt":
+        return embedding(ids).to(dtype)
+    from transformers import DynamicCache
+
+    was_training = packed.base.training
+    packed.base.eval()
+    cache = DynamicCache()  # plain layers: a sliding one would cut the prefix
+    packed.base(input_ids=ids.unsqueeze(0), past_key_values=cache)
+    packed.base.train(was_training)
+    layers = [cache.layers[i] for i in chosen_layers(config, packed.geometry.layers)]
+    return join_prefix([(layer.keys[0], layer.values[0]) for layer in layers]).to(dtype)
