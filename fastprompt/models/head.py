@@ -14,7 +14,7 @@ class CausalHead:
     """What one pass hands to the head, and the loss of it.
 
     Where only a loss is wanted and the head is a frozen linear layer, it is handed no rows: loss and gradient come from
-    the hidden states, a few rows of logits at a time.
+    the hidden states, a piece of the vocabulary at a time.
 
     Args:
         model: a causal language model.

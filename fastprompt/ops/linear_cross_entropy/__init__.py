@@ -31,7 +31,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target that is spread over the whole vocabulary, in [0, 1].
         softcap: c, logits become c * tanh(logits / c).
         backend: None chooses; "cut_cross_entropy" (that package's kernel, on a GPU, 16-bit, no smoothing), "chunked"
-            (rows of logits a few at a time, gradient with the loss), or "reference".
+            (a piece of the vocabulary at a time, gradient with the loss), or "reference".
 
     Returns:
         A scalar: float32, or float64 for float64 inputs.

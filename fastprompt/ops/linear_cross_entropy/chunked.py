@@ -1,9 +1,14 @@
-"""Cross-entropy of a frozen linear head, some rows of logits at a time, with the gradient in the same pass."""
+"""Cross-entropy of a frozen linear head, a piece of the vocabulary at a time, with the gradient in the same pass.
+
+The softmax runs online, as in flash attention: the head's weight, which is larger than any cache, is read once for both
+products.
+"""
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 23  # logits held at a time: 32 MiB in float32, and enough rows that the product runs at its rate
+ROWS = 1024  # at a time: their states stay in the cache
+VOCABULARY = 1024  # the same for the weight between the two products that read it
 
 
 def linear_cross_entropy(
@@ -17,17 +22,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, label_smoothing, softcap, needed) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        rows, vocabulary = len(hidden), len(weight)
-        grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        step = max(1, CHUNK // vocabulary)
-        for part in (slice(begin, begin + step) for begin in range(0, rows, step)):
-            loss, slope = _chunk(hidden[part] @ weight.T, target[part, None], label_smoothing, softcap, needed)
-            total += loss
-            if needed:
-                grad[part] = slope.to(hidden.dtype) @ weight
+        options = label_smoothing, softcap, needed
+        rows = zip(hidden.split(ROWS), target.split(ROWS), strict=True)
+        losses, grads = zip(*(_of_rows(h, weight, t.unsqueeze(1), *options) for h, t in rows), strict=True)
+        grad = torch.cat(grads).to(hidden.dtype) if needed else hidden.new_empty(0)
         ctx.save_for_backward(grad)
-        return total, grad
+        return sum(losses), grad
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, second: Tensor | None) -> tuple:
@@ -37,25 +37,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None if grad is None else found * grad, None, None, None, None, None
 
 
-def _chunk(
-    product: Tensor, target: Tensor, label_smoothing: float, softcap: float | None, needed: bool
+def _of_rows(
+    hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float, softcap: float | None, needed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of rows of logits (R, V), before the softcap, for targets (R, 1); and its derivative by them."""
-    logits = product.to(torch.promote_types(product.dtype, torch.float32))
-    capped = None
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_()
-        capped = logits.square() if needed else None
-        logits.mul_(softcap)
-    logits.sub_(logits.amax(1, keepdim=True))
-    chosen = logits.gather(1, target)
-    average = logits.mean(1, keepdim=True) if label_smoothing else 0.0
-    sums = logits.exp_().sum(1, keepdim=True)
-    loss = (sums.log() - (1 - label_smoothing) * chosen - label_smoothing * average).sum()
+    """Summed loss of hidden (R, E) for targets (R, 1), and its derivative by hidden."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    peak = hidden.new_full((len(hidden), 1), -torch.inf, dtype=dtype)  # greatest logit so far
+    total, chosen, average = torch.zeros((3, len(hidden), 1), dtype=dtype, device=hidden.device)
+    grad = hidden.new_zeros(hidden.shape, dtype=dtype)  # sum of e^(logit - peak) times its row of the weight
+    spread = torch.zeros_like(grad)  # sum of the rows, for label_smoothing
+    for begin in range(0, len(weight), VOCABULARY):
+        part = weight[begin : begin + VOCABULARY]
+        logits = (hidden @ part.T).to(dtype)
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        place = target - begin
+        here = (place >= 0) & (place < len(part))
+        chosen = torch.where(here, logits.gather(1, place.clamp(0, len(part) - 1)), chosen)
+        slope = None if softcap is None or not needed else _slope(logits, softcap)
+        if label_smoothing:
+            average += logits.sum(1, keepdim=True) / len(weight)
+            if needed:
+                even = torch.ones_like(logits) if slope is None else slope
+                spread += even.to(hidden.dtype) @ part
+        before, peak = peak, torch.maximum(peak, logits.amax(1, keepdim=True))
+        shrink = (before - peak).exp_()
+        powers = logits.sub_(peak).exp_()
+        total = total * shrink + powers.sum(1, keepdim=True)
+        if needed:
+            powers = powers if slope is None else powers.mul_(slope)
+            grad.mul_(shrink).add_(powers.to(hidden.dtype) @ part)
+    apart = (1 - label_smoothing) * (peak - chosen) + label_smoothing * (peak - average)
+    loss = (total.log() + apart).sum()
     if not needed:
         return loss, None
-    slope = logits.div_(sums)
-    if label_smoothing:
-        slope.sub_(label_smoothing / slope.shape[1])
-    slope.scatter_add_(1, target, torch.full_like(chosen, label_smoothing - 1))
-    return loss, slope if capped is None else slope.mul_(1 - capped)
+    wanted = 1 - label_smoothing if softcap is None else (1 - label_smoothing) * _slope(chosen, softcap)
+    grad.div_(total).sub_(wanted * weight[target.squeeze(1)])
+    return loss, grad.sub_(spread, alpha=label_smoothing / len(weight)) if label_smoothing else grad
+
+
+def _slope(capped: Tensor, softcap: float) -> Tensor:
+    """Derivative of c * tanh(x / c), from its value."""
+    return 1 - (capped / softcap).square()
