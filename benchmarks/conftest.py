@@ -29,14 +29,21 @@ def pytest_benchmark_update_json(config, benchmarks: list, output_json: dict) ->
     print(f"\n{output_json['summary']}")
 
 
-def summary(benchmarks: list[dict]) -> dict[str, dict[str, float]]:
-    """Geometric mean, least and most over the shapes of prefix_attention: of each ratio, and of its useful GFLOP/s."""
-    values: dict[str, list[float]] = {}
-    for info in (benchmark["extra_info"] for benchmark in benchmarks if "ratios" in benchmark["extra_info"]):
+def summary(benchmarks: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Geometric mean, least and most over the shapes of each test: of each ratio, and of its useful GFLOP/s."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        if "ratios" not in info:
+            continue
         scalars = {name: info[name] for name in ("best_rival_over_ours", "useful_gflops")}
+        of_test = values.setdefault(benchmark["name"].split("[")[0], {})
         for name, value in (info["ratios"] | scalars).items():
-            values.setdefault(name, []).append(value)
+            of_test.setdefault(name, []).append(value)
     return {
-        name: {"mean": statistics.geometric_mean(each), "least": min(each), "most": max(each)}
-        for name, each in values.items()
+        test: {
+            name: {"mean": statistics.geometric_mean(each), "least": min(each), "most": max(each)}
+            for name, each in of_test.items()
+        }
+        for test, of_test in values.items()
     }

@@ -52,6 +52,8 @@ sanitize() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitize_cuda_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       --target-processes all "${PYTEST[@]}" tests/ops/test_prefix_attention_cuda.py -m gpu \
       -k "test_layouts_and_scales or test_next_to_nothing or test_every_subset_of_requires_grad"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitize_alignment_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      --target-processes all "${PYTEST[@]}" tests/ops/test_alignment.py -m gpu -k "native and test_shapes and infonce"
   done
 }
 
