@@ -69,7 +69,7 @@ class PackedBackbone:
             adapters: an `Adapters` made for this backbone, to act in this pass.
         """
         self.check_inputs(inputs)
-        self._check_prompts(inputs, prompt_index, shared_ids)
+        self._check_shared(shared_ids)
         call = _Call(self, prefix or {}, prompt, prompt_index, shared_ids, position_offset, prefix_in_window, adapters)
         layer, call.states = start or (0, None)
         prompted = any(each is not None for each in (prompt, shared_ids, adapters))
@@ -139,7 +139,7 @@ class PackedBackbone:
             if checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
                 raise ValueError("gradient checkpointing needs use_reentrant=False: the reentrant kind drops prompts")
 
-    def _check_prompts(self, inputs: dict, prompt_index: Tensor | None, shared_ids: Tensor | None) -> None:
+    def _check_shared(self, shared_ids: Tensor | None) -> None:
         if shared_ids is None:
             return
         if not self.geometry.is_causal:

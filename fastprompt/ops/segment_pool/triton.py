@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import INTERPRETED, why_not
 from ._autograd import differentiable
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = triton.knobs.runtime.interpret
+__all__ = ["segment_pool", "why_not"]
+
 TILE = dict(ROWS=32, COLUMNS=64)  # narrow, so that a few segments are many programs
 
 
@@ -120,12 +121,3 @@ def _(grad: Tensor, cu_seqlens: Tensor, rows: int, take: int) -> Tensor:
 segment_pool = differentiable(
     torch.ops.fastprompt.segment_pool_triton.default, torch.ops.fastprompt.segment_pool_triton_backward.default
 )
-
-
-def why_not(hidden: Tensor) -> str | None:
-    """What keeps these kernels from such rows; None if nothing does."""
-    if hidden.dtype not in DTYPES:
-        return f"computes in float32, bfloat16 or float16, got {hidden.dtype}"
-    if hidden.device.type == "cpu" and not INTERPRETED:
-        return "needs tensors on a GPU (or TRITON_INTERPRET=1 in the environment)"
-    return None
