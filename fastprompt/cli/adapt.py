@@ -1,50 +1,21 @@
-"""The command line: fastprompt info | train | evaluate."""
+"""fastprompt train and evaluate: a prompt for a language."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from fastprompt._extras import require
 
-try:
-    typer = require("typer", "train")
-except ImportError as error:  # the console script exists without the extra, too
-    if sys.argv[1:] != ["info"]:
-        sys.exit(f"fastprompt: {error}")
-    from fastprompt.info import describe
+from .app import Backbone, Device, Option, app, one_clear_error
 
-    sys.exit(describe())
-Option = typer.Option
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Soft prompts and prefix tuning, made cheap.")
-
-Backbone = Annotated[str, Option(help="Folder of a model, or its name on the hub.")]
 Parallel = Annotated[
     Path, Option(help="English, tab, target language, a pair a line; or a .po file; or English alone, line by line.")
 ]
 ParallelTarget = Annotated[Path | None, Option(help="The target language, where --parallel is English alone.")]
-Device = Annotated[str | None, Option(help="Where to compute; a GPU where there is one.")]
-
-
-@contextmanager
-def _one_clear_error() -> Iterator[None]:
-    """What the user can mend is told in one line, without a traceback."""
-    try:
-        yield
-    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
-        typer.echo(f"fastprompt: error: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
-@app.command()
-def info() -> None:
-    """Print versions, devices, and which native libraries and backends there are, with the reason where one is not."""
-    from fastprompt.info import describe
-
-    describe()
 
 
 @app.command()
@@ -80,7 +51,7 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a prompt so that target sentences get the vectors of their English translations."""
-    with _one_clear_error():
+    with one_clear_error():
         from fastprompt.training import TrainingConfig
         from fastprompt.training import train as run
 
@@ -130,7 +101,7 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Score the retrieval of English sentences by their translations, without and with the adapter."""
-    with _one_clear_error():
+    with one_clear_error():
         from fastprompt._files import write_text
         from fastprompt.training import evaluate as score
 
@@ -205,12 +176,3 @@ def _progress() -> Iterator:
                 print(f"epoch {epoch}: step {record['step']} of {record['steps']}, loss {mean:.4f}", flush=True)
 
         yield on_step
-
-
-def main() -> None:
-    """The console script."""
-    app(prog_name="fastprompt")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,3 @@
+from fastprompt.cli import main
+
+main()
