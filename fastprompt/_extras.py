@@ -9,7 +9,7 @@ def require(module: str, extra: str) -> ModuleType:
 
     Args:
         module: dotted name, such as "transformers" or "matplotlib.pyplot".
-        extra: the extra of fastprompt that installs it: "train", "demo", "bench" or "test".
+        extra: the extra of fastprompt that installs it: "train", "demo", "hub", "bench" or "test".
     """
     try:
         return importlib.import_module(module)

@@ -1,6 +1,5 @@
 """Parallel text: pairs of an English sentence and its translation."""
 
-import codecs
 import gettext
 import random
 import re
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastprompt._extras import require
+
+from ._reading import read_lines, shorten
 
 
 class Pair(NamedTuple):
@@ -90,12 +91,12 @@ def split_pairs(pairs: Sequence[Pair], test: int, train: int, seed: int) -> tupl
 
 def _read_table(path: Path) -> list[Pair]:
     pairs: list[Pair] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         where = f"{path}, line {number}"
         cells = line.split("\t")
         if not 2 <= len(cells) <= 3:
             raise ValueError(
-                f"{where}: {len(cells) - 1 or 'no'} tab{'s' if len(cells) > 2 else ''} in {_shorten(line)}, "
+                f"{where}: {len(cells) - 1 or 'no'} tab{'s' if len(cells) > 2 else ''} in {shorten(line)}, "
                 "expected English, tab, translation and optionally a tab and a label"
             )
         if pairs and (pairs[0].label is None) != (len(cells) == 2):
@@ -111,7 +112,7 @@ def _read_aligned(path: Path, target_path: Path) -> list[Pair]:
     for each in (path, target_path):
         if each.suffix == ".po":
             raise ValueError(f"{each}: a .po catalogue holds both languages, expected it alone or two plain text files")
-    sources, targets = _lines(path), _lines(target_path)
+    sources, targets = read_lines(path), read_lines(target_path)
     if len(sources) != len(targets):
         raise ValueError(
             f"{path} has {len(sources)} lines, {target_path} has {len(targets)}, expected equally many: "
@@ -134,28 +135,9 @@ def _form_for_one(path: Path, plural_forms: str) -> int:
         raise ValueError(f"{path}: Plural-Forms {plural_forms!r} in the header cannot be read: {error}") from error
 
 
-def _lines(path: Path) -> list[str]:
-    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise ValueError(
-            f"{path}, line {line}, byte {column}: 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})"
-        ) from error
-    # Not splitlines(), which also breaks at characters that belong to a sentence, such as U+2028.
-    lines = text.replace("\r\n", "\n").split("\n")
-    return lines if lines[-1] else lines[:-1]
-
-
 def _pair(where: str, source: str, target: str, label: str | None = None) -> Pair:
     pair = Pair(source.strip(), target.strip(), None if label is None else label.strip())
     for name, text in zip(("English side", "translation", "label"), pair, strict=True):
         if text == "":
             raise ValueError(f"{where}: the {name} is empty, expected text")
     return pair
-
-
-def _shorten(line: str) -> str:
-    return repr(line if len(line) <= 60 else line[:57] + "...")
