@@ -20,7 +20,7 @@ def score(
         Path, Option(help="JSON: answers by question id; for pawsx 0 or 1, one a line, for each pair that is scored.")
     ],
     language: Annotated[
-        str | None, Option(help="Of the contexts, which mlqa's rules go by.  [default: by the name of --data]")
+        str | None, Option(help="Of the contexts, which mlqa's rules go by; without it, by the name of --data.")
     ] = None,
     json_file: Annotated[Path | None, Option("--json", help="Write the scores here, too.")] = None,
 ) -> None:
