@@ -105,7 +105,7 @@ def train(
 
     if step:
         save()  # the run may have been killed while it saved
-    with _stop_on_signal() as stopped:
+    with stop_on_signal() as stopped:
         while step < len(steps) and not stopped():
             epoch, batch = steps[step]
             start = time.perf_counter()
@@ -172,7 +172,7 @@ def _check_length(config: TrainingConfig, prompted: PromptModel) -> None:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM end the loop after the step it is at; a second one ends the program as usual."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from fastprompt._files import write_aside, write_text
 from fastprompt._measure import peak_memory_mb, seconds_per_step
 
 from .config import TrainingConfig
+from .task_config import TaskConfig
 
 RUN, STATE, METRICS, CURVES, SUMMARY = "run.json", "training_state.pt", "metrics.jsonl", "curves.png", "summary.json"
 
@@ -32,11 +34,17 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, config: TrainingConfig, content: dict[str, str], labels: list[str], resume: bool
+        self,
+        folder: Path,
+        config: TrainingConfig | TaskConfig,
+        content: dict[str, str],
+        labels: list[str],
+        resume: bool,
     ) -> None:
         self.folder = folder
         self.records: list[dict] = []
         about = {"config": _plain(dataclasses.asdict(config)), "content": content, "labels": labels}
+        defaults = _plain(dataclasses.asdict(type(config)()))  # for settings that an older run did not know
         state = folder / STATE
         if not resume:
             if (folder / RUN).exists():
@@ -45,13 +53,13 @@ class Run:
         else:
             if not (folder / RUN).is_file():
                 raise FileNotFoundError(f"out {folder} holds no run to resume: {RUN} is not there")
-            _check_same(json.loads((folder / RUN).read_text(encoding="utf-8")), about, folder)
+            _check_same(json.loads((folder / RUN).read_text(encoding="utf-8")), about, defaults, folder)
         write_text(folder / RUN, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         self.state = torch.load(state, weights_only=True) if resume and state.is_file() else None
         if self.state is not None:
             lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
             self.records = [json.loads(line) for line in lines[: self.state["step"]]]
-        self._write_metrics()
+        self.write_records()
 
     def record(self, **metrics: float) -> None:
         """Append one step's metrics."""
@@ -59,12 +67,13 @@ class Run:
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def save_state(self, step: int, tensors: dict, optimizer: dict) -> None:
+    def save_state(self, step: int, tensors: dict, optimizer: dict, **more) -> None:
         """Write what a resumed run begins with: one file, so that its parts are of one step."""
-        state = {"step": step, "trained": tensors, "optimizer": optimizer}
+        state = {"step": step, "trained": tensors, "optimizer": optimizer, **more}
         write_aside(self.folder / STATE, lambda aside: torch.save(state, aside))
 
-    def _write_metrics(self) -> None:
+    def write_records(self) -> None:
+        """Write all records anew."""
         write_text(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def summarise(self, planned: int) -> dict:
@@ -88,8 +97,8 @@ class Run:
         width = max(1, len(steps) // 20)
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for color, part in enumerate(name for name in ("alignment", "task") if name in self.records[0]):
-            loss = torch.tensor([record[part] for record in self.records])
+        for color, part in enumerate(name for name in ("alignment", "task") if name in self.records[-1]):
+            loss = torch.tensor([record.get(part, math.nan) for record in self.records])  # alignment may come first
             axes.plot(steps, loss, color=f"C{color}", alpha=0.25, linewidth=0.8)
             mean = loss.unfold(0, width, 1).mean(1)
             axes.plot(steps[width - 1 :], mean, color=f"C{color}", label=f"{part} (mean of {width})")
@@ -100,20 +109,20 @@ class Run:
 
 
 def read_run(folder: Path) -> dict | None:
-    """ "config" (a TrainingConfig) and "labels" of a run's folder; None where there was no run."""
+    """ "config" (a TrainingConfig or a TaskConfig) and "labels" of a run's folder; None where there was no run."""
     file = folder / RUN
     if not file.is_file():
         return None
     about = json.loads(file.read_text(encoding="utf-8"))
-    return {"config": TrainingConfig(**about["config"]), "labels": about["labels"]}
+    config = (TaskConfig if "task" in about["config"] else TrainingConfig)(**about["config"])
+    return {"config": config, "labels": about["labels"]}
 
 
 def _plain(config: dict) -> dict:
     return config | {"layers": None if config["layers"] is None else list(config["layers"])}
 
 
-def _check_same(before: dict, now: dict, folder: Path) -> None:
-    defaults = _plain(dataclasses.asdict(TrainingConfig()))  # for settings that an older run did not know
+def _check_same(before: dict, now: dict, defaults: dict, folder: Path) -> None:
     old, new = (
         {**defaults, **about["config"], **about["content"], "labels": about["labels"]} for about in (before, now)
     )

@@ -1,0 +1,127 @@
+"""TaskLearner: an adapted backbone, a task's head and, beside them, the alignment's projection."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastprompt._files import write_tensors
+from fastprompt.models.adapted import AdaptedBackbone, keep_layers
+from fastprompt.nn import AlignmentLoss
+from fastprompt.nn.pooling import pool
+
+from .generated import GeneratedAnswers
+from .task_config import TaskConfig
+from .tasks import Item, PairClassification, SpanAnswers, Task, Verbaliser, inputs_of
+
+TRAINED = "trained.safetensors"
+
+
+class TaskLearner(nn.Module):
+    """All that trains in a run on a task.
+
+    Args:
+        backbone: a base model, or a causal language model with its head; changed in place.
+        tokenizer: transformers' tokenizer for it.
+        config: of the run.
+
+    Raises:
+        ValueError: a setting that does not fit the backbone.
+    """
+
+    def __init__(self, backbone: nn.Module, tokenizer: Callable, config: TaskConfig) -> None:
+        super().__init__()
+        base, output = backbone.base_model, backbone.get_output_embeddings()
+        device, width = next(base.parameters()).device, base.config.hidden_size
+        if config.num_layers is not None:
+            keep_layers(base, config.num_layers)
+        self.config = config
+        options = {"lora_rank": config.lora_rank, "norms": config.norms, "top_layers": config.top_layers}
+        self.adapted = AdaptedBackbone(base, config.method, config.prompt(), **options)
+        self.task = _task(config, tokenizer, width, None if output is None else output.weight)
+        self.task.requires_grad_(config.train_head)
+        self.alignment = None
+        if config.alignment:
+            options = {"distance": config.distance, "temperature": config.temperature}
+            self.alignment = AlignmentLoss(width, width, **options)
+        self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def groups(self) -> list[dict]:
+        """The optimizer's groups: what trains, at the learning rate of its kind."""
+        config, heads = self.config, [p for p in self.task.parameters() if p.requires_grad]
+        projection = [] if self.alignment is None else list(self.alignment.parameters())
+        groups = [
+            {"params": [p for p in self.adapted.prompt_parameters() if p.requires_grad], "lr": config.lr},
+            {"params": self.adapted.weights(), "lr": config.weights_lr},
+            {"params": heads, "lr": config.head_lr},
+            {"params": projection, "lr": config.projection_lr},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise ValueError(f"nothing trains with method {config.method!r} and train_head {config.train_head}")
+        return groups
+
+    def loss(
+        self, items: Sequence[Item], sentences: Sequence[list[int]] = (), teacher: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """ "task" of N labelled inputs and "alignment" of M sentences with the vectors (M, D) of their partners.
+
+        Either may be none. Both share one packed pass.
+        """
+        batch = [*items, *(Item(ids, len(ids), None) for ids in sentences)]
+        inputs = inputs_of(batch, self.device, self.adapted)
+        hidden, mask = self.adapted(**inputs), inputs["attention_mask"]
+        parts = {}
+        if items:
+            parts["task"] = self.task.loss(hidden[: len(items)], mask[: len(items)], items)
+        if sentences:
+            student = pool(hidden[len(items) :], self.config.pooling, mask[len(items) :])
+            parts["alignment"] = self.alignment(student, teacher)
+        return parts
+
+    def predict(self, examples: Sequence) -> dict:
+        """Predictions by the example's id."""
+        return self.task.predict(self.adapted, examples)
+
+    def save(self, folder: Path) -> None:
+        """Write what trained; of a prompt PEFT's files as well."""
+        write_tensors(folder / TRAINED, {name: parameter.detach() for name, parameter in self.trained().items()})
+        if self.adapted.prompted is not None:
+            self.adapted.prompted.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: it is not there, or of another configuration or backbone.
+        """
+        from safetensors.torch import load_file
+
+        file = folder / TRAINED
+        if not file.is_file():
+            raise FileNotFoundError(f"adapter {folder} holds no {TRAINED}")
+        tensors = load_file(file)
+        expected, got = ({n: tuple(t.shape) for n, t in each.items()} for each in (self.trained(), tensors))
+        if got != expected:
+            wrong = sorted(expected.items() ^ got.items())
+            raise ValueError(f"{file} does not fit the backbone and configuration: {wrong[:4]} in one of them only")
+        self.load_state_dict(tensors, strict=False)
+
+
+def _task(config: TaskConfig, tokenizer: Callable, width: int, output: Tensor | None) -> Task:
+    """The task's side: with a head of its own on an encoder, with the model's own words on a causal model."""
+    if config.task == "pawsx":
+        if output is not None:
+            return Verbaliser(tokenizer, output, config.max_length)
+        return PairClassification(tokenizer, width, config.pooling, config.prefix_text, config.max_length)
+    if output is not None:
+        return GeneratedAnswers(tokenizer, output, config.task, config.max_length)
+    return SpanAnswers(tokenizer, width, config.task, config.prefix_text, config.max_length, config.stride)

@@ -1,0 +1,204 @@
+"""train_task: adapt a backbone to a task with a few labelled examples and, if wanted, parallel text."""
+
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastprompt.models.adapted import keep_layers
+from fastprompt.tasks.parallel import Pair
+
+from .encoding import Digest, teacher_vectors, tokenize
+from .loop import stop_on_signal
+from .run import Run
+from .sampler import shuffled
+from .task_config import TaskConfig
+from .task_learner import TaskLearner
+
+
+def train_task(
+    backbone: nn.Module,
+    tokenizer: Callable,
+    examples: Sequence,
+    validation: Sequence,
+    config: TaskConfig,
+    out: str | Path | None = None,
+    *,
+    language: str = "en",
+    pairs: Sequence[Pair] = (),
+    resume: bool = False,
+    cache: Path | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> tuple[TaskLearner, list[dict]]:
+    """Train on labelled examples of one language, with the alignment of parallel text beside them.
+
+    The loss of a step is the task's on a batch of examples plus `config.alignment` times the alignment loss of a batch
+    of pairs: the student is the adapted backbone on a target sentence, the teacher the backbone as it came on the
+    English one, computed once. At every evaluation on the validation examples what trains is kept if it is the best so
+    far; at the end the best is put back.
+
+    Args:
+        backbone: of a supported family, a base model or a causal language model with its head; changed in place.
+        tokenizer: transformers' tokenizer for it.
+        examples, validation: as `fastprompt.tasks.data.read_examples` gives them. Without validation examples the last
+            step counts as the best.
+        config: all that decides the result.
+        out: the run's folder, or None to keep nothing: trained.safetensors (the best), PEFT's files of a prompt,
+            run.json, metrics.jsonl, curves.png, summary.json, and training_state.pt for `resume`, as of the last
+            evaluation.
+        language: of the validation examples, whose rules score them.
+        pairs: parallel sentences, where `config.alignment` is not 0.
+        resume: go on with the run in `out`: the same settings, backbone and data.
+        cache: folder of the teacher's vectors, as in `train`.
+        on_step: called after each step with its metrics.
+
+    Returns:
+        The learner, with the best weights, and the metrics of each step: step, steps (in all), loss and its parts,
+        gradient_norm, seconds and, at evaluations, validation.
+
+    Raises:
+        FileExistsError, FileNotFoundError, TypeError, ValueError: before any work, for what does not fit.
+        FloatingPointError: the loss is no longer a number.
+    """
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+    if bool(pairs) != bool(config.alignment):
+        raise ValueError(f"pairs and an alignment above 0 go together, got {len(pairs)} and {config.alignment}")
+    torch.manual_seed(config.seed)
+    base = backbone.base_model
+    if config.num_layers is not None:
+        keep_layers(base, config.num_layers)
+    examples = draw(examples, config.examples, config.seed)
+    source, target = (
+        tokenize(tokenizer, [getattr(pair, side) for pair in pairs], config.prefix_text, config.max_length)
+        if pairs
+        else []
+        for side in ("source", "target")
+    )
+    digest = Digest(base)
+    teacher = None
+    if pairs:
+        device = next(base.parameters()).device
+        teacher = teacher_vectors(digest, source, config.pooling, device, cache).to(device)
+    run, state = None, None
+    if out is not None:
+        text = json.dumps([examples, validation, source, target])
+        content = {"data": hashlib.sha256(text.encode()).hexdigest(), "backbone": digest(source + target)}
+        run = Run(Path(out), config, content, [], resume)
+        state = run.state
+    learner = TaskLearner(backbone, tokenizer, config)
+    items = learner.task.encode(examples)
+    if not items:
+        raise ValueError(f"examples must have answers that stand in their contexts, got none in {len(examples)}")
+    trained = learner.trained()
+    optimizer = torch.optim.AdamW(learner.groups(), weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    records: list[dict] = [] if run is None else run.records
+    best = {"score": -math.inf, "step": 0, "weights": {}}
+    if state is not None:
+        learner.load_state_dict(state["trained"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        best = state["best"]
+
+    def keep_if_best() -> None:
+        score = float(len(records))  # without validation examples, the last
+        if validation:
+            score = learner.task.scores(validation, learner.predict(validation), language)[learner.task.metric]
+            records[-1]["validation"] = score
+        if score > best["score"]:
+            weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+            best.update(score=score, step=len(records), weights=weights)
+
+    total = config.alignment_first + config.steps
+    with stop_on_signal() as stopped:
+        while len(records) < total and not stopped():
+            step, start = len(records), time.perf_counter()
+            fitting = step >= config.alignment_first
+            labelled = _batch(config.seed, "task", step - config.alignment_first, config.batch_size, len(items))
+            aligned = _batch(config.seed, "alignment", step, config.alignment_batch_size, len(pairs))
+            weight = _weight(step - config.alignment_first, config)
+            parts = learner.loss(
+                [items[n] for n in labelled] if fitting else [],
+                [target[n] for n in aligned],
+                None if teacher is None else teacher[aligned],
+            )
+            loss = sum(part * (weight if name == "alignment" else 1.0) for name, part in parts.items())
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * _rate(step, total)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            values = {name: part.item() for name, part in ({"loss": loss} | parts | {"gradient_norm": norm}).items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"the loss is {values['loss']} at step {step + 1}: try a smaller lr")
+            optimizer.step()
+            records.append({"step": step + 1, **values, "seconds": time.perf_counter() - start})
+            evaluated = fitting and ((step + 1 - config.alignment_first) % config.evaluate_every == 0)
+            if evaluated or len(records) == total:
+                keep_if_best()
+            if on_step is not None:
+                on_step(records[-1] | {"steps": total})
+            if run is not None and (evaluated or len(records) == total or stopped()):
+                weights = {name: parameter.detach().cpu() for name, parameter in trained.items()}
+                run.save_state(len(records), weights, optimizer.state_dict(), best=best)
+                run.write_records()
+            if evaluated and _out_of_patience(records, best["step"], config):
+                break
+    if best["weights"]:
+        learner.load_state_dict(best["weights"], strict=False)
+    if run is not None and records:
+        learner.save(run.folder)
+        run.summarise(total)
+        run.draw()
+    return learner, records
+
+
+def draw(examples: Sequence, count: int | None, seed: int) -> list:
+    """`count` of the examples at random by `seed`, fewer ones being the first of more; all for None.
+
+    Raises:
+        ValueError: more are asked for than there are.
+    """
+    if count is None:
+        return list(examples)
+    if count > len(examples):
+        raise ValueError(f"examples must be at most {len(examples)}, as many as there are, got {count}")
+    shuffled_examples = list(examples)
+    random.Random(f"{seed} examples").shuffle(shuffled_examples)
+    return shuffled_examples[:count]
+
+
+def _batch(seed: int, name: str, step: int, size: int, count: int) -> list[int]:
+    """Which of `count` examples step `step` takes: pass after pass over all, each in an order of its own."""
+    if count == 0:
+        return []
+    places = range(step * size, (step + 1) * size)
+    orders = {place // count: None for place in places}
+    orders = {epoch: shuffled(f"{seed} {name}", epoch, count) for epoch in orders}
+    return [orders[place // count][place % count] for place in places]
+
+
+def _rate(step: int, total: int) -> float:
+    """Of the learning rates: up on a line over the first tenth of the steps, and down on one to 0."""
+    rise = max(1, total // 10)
+    return min((step + 1) / rise, (total - step) / max(1, total - rise))
+
+
+def _weight(step: int, config: TaskConfig) -> float:
+    """Of the alignment loss, at a step of the task's; before the first one, in full."""
+    if config.alignment_schedule == "constant" or step < 0:
+        return config.alignment
+    return config.alignment * (1 - step / config.steps)
+
+
+def _out_of_patience(records: list[dict], best_step: int, config: TaskConfig) -> bool:
+    if config.patience is None:
+        return False
+    later = [record for record in records if "validation" in record and record["step"] > best_step]
+    return len(later) >= config.patience

@@ -1,0 +1,221 @@
+"""What a task asks of a backbone's hidden states: its inputs, its head, its loss, its predictions and its scores."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprompt.nn.pooling import pool
+from fastprompt.tasks.metrics import accuracy, mlqa_scores, squad_scores
+from fastprompt.tasks.pawsx import Example
+from fastprompt.tasks.squad import Question
+from fastprompt.tasks.windows import Window, best_answers, windows
+
+from .encoding import batch_of
+
+
+class Item(NamedTuple):
+    """An input of the backbone.
+
+    Attributes:
+        ids: token ids.
+        second: row where the second of two texts begins, for backbones that tell them apart.
+        target: what a task makes of it.
+    """
+
+    ids: list[int]
+    second: int
+    target: object
+
+
+class Task(nn.Module):
+    """A task's side of training. Its parameters are the head's.
+
+    Attributes:
+        metric: the score that counts, among `scores`; larger is better.
+    """
+
+    metric: str
+
+    def encode(self, examples: Sequence) -> list[Item]:
+        """Inputs for training: an example may give none, or several."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+        """Mean loss of hidden states (B, L, D) of items, with mask (B, L)."""
+        raise NotImplementedError
+
+    def predict(self, model: Callable, examples: Sequence, batch_size: int = 16) -> dict:
+        """Predictions by the example's id; `model` gives hidden states (B, L, D) for a batch."""
+        raise NotImplementedError
+
+    def scores(self, examples: Sequence, predictions: dict, language: str) -> dict[str, float]:
+        """As the task's official script scores them."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def run_sorted(model: Callable, items: Sequence[Item], read: Callable, batch_size: int, device) -> list[Tensor]:
+    """`read(hidden, mask, items)` of all items, a tensor for each, run in batches of like length."""
+    order = sorted(range(len(items)), key=lambda n: len(items[n].ids))
+    results: list[Tensor | None] = [None] * len(items)
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        batch = [items[n] for n in chosen]
+        inputs = inputs_of(batch, device, model)
+        for n, result in zip(chosen, read(model(**inputs), inputs["attention_mask"], batch), strict=True):
+            results[n] = result.cpu()
+    return results
+
+
+def inputs_of(items: Sequence[Item], device, model: nn.Module) -> dict[str, Tensor]:
+    """input_ids and attention_mask, and token_type_ids where the backbone has a table of two and more."""
+    inputs = batch_of([item.ids for item in items], device)
+    if getattr(model.backbone.config, "type_vocab_size", 0) > 1:
+        second = torch.tensor([item.second for item in items], device=device)
+        column = torch.arange(inputs["input_ids"].shape[1], device=device)
+        inputs["token_type_ids"] = (column >= second[:, None]).long()
+    return inputs
+
+
+class PairClassification(Task):
+    """PAWS-X with an encoder: both sentences in one input, a linear head on a pooled vector.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        width: features of a hidden state.
+        pooling: of the rows: "mean", "first" or "last".
+        prefix_text: put before the first sentence.
+        max_length: tokens of an input.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, tokenizer: Callable, width: int, pooling: str, prefix_text: str, max_length: int) -> None:
+        super().__init__()
+        self.tokenizer, self.pooling, self.prefix_text, self.max_length = tokenizer, pooling, prefix_text, max_length
+        self.head = nn.Linear(width, 2)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def encode(self, examples: Sequence[Example]) -> list[Item]:
+        firsts = [self.prefix_text + example.sentence1 for example in examples]
+        encoded = self.tokenizer(
+            firsts, [example.sentence2 for example in examples], truncation=True, max_length=self.max_length
+        )
+        items = []
+        for n, (ids, example) in enumerate(zip(encoded["input_ids"], examples, strict=True)):
+            sides = encoded.sequence_ids(n)
+            items.append(Item(ids, sides.index(1) if 1 in sides else len(ids), example.label))
+        return items
+
+    def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+        return self.head(pool(hidden, self.pooling, mask, None))
+
+    def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+        labels = torch.tensor([item.target for item in items], device=hidden.device)
+        return F.cross_entropy(self.logits(hidden, mask, items), labels)
+
+    def predict(self, model: Callable, examples: Sequence[Example], batch_size: int = 32) -> dict[str, int]:
+        device = next(model.parameters()).device
+        logits = run_sorted(model, self.encode(examples), self.logits, batch_size, device)
+        return {example.id: int(row.argmax()) for example, row in zip(examples, logits, strict=True)}
+
+    def scores(self, examples: Sequence[Example], predictions: dict[str, int], language: str) -> dict[str, float]:
+        return accuracy([example.label for example in examples], [predictions[example.id] for example in examples])
+
+
+class Verbaliser(PairClassification):
+    """PAWS-X with a causal model: the next word after a question, of two, says which class; there is no head.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        output: the weight (V, D) of the model's own head, a constant.
+        max_length: tokens of an input.
+    """
+
+    TEMPLATE = "Sentence 1: {}\nSentence 2: {}\nDo both sentences mean the same? Answer:"
+    WORDS = (" No", " Yes")  # of the classes 0 and 1
+
+    def __init__(self, tokenizer: Callable, output: Tensor, max_length: int) -> None:
+        nn.Module.__init__(self)
+        self.tokenizer, self.max_length = tokenizer, max_length
+        words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.WORDS]
+        if words[0] == words[1]:
+            raise ValueError(f"tokenizer must tell the words {self.WORDS} apart by their first token, got {words}")
+        self.register_buffer("words", output.detach()[words].clone(), persistent=False)
+
+    def encode(self, examples: Sequence[Example]) -> list[Item]:
+        texts = [self.TEMPLATE.format(example.sentence1, example.sentence2) for example in examples]
+        encoded = self.tokenizer(texts)["input_ids"]
+        for example, ids in zip(examples, encoded, strict=True):
+            if len(ids) > self.max_length:  # cut, the question would be gone
+                raise ValueError(f"max_length must hold each input whole: {example.id} has {len(ids)} tokens")
+        return [Item(ids, len(ids), example.label) for ids, example in zip(encoded, examples, strict=True)]
+
+    def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+        return pool(hidden, "last", mask, None).to(self.words.dtype) @ self.words.T
+
+
+class SpanAnswers(Task):
+    """Extractive question answering with an encoder: where the answer begins and ends.
+
+    A row's logits are linear in its hidden state h, plus its likeness to the question, 10 cos(h, W q) with q the mean of
+    the question's rows and W begun at the identity, one for the beginning and one for the end. A few dozen examples
+    teach a linear head alone little; likeness to the question is something the model has already.
+
+    Args:
+        tokenizer: transformers' tokenizer, a fast one.
+        width: features of a hidden state.
+        metrics: "xquad" or "mlqa": whose rules score.
+        prefix_text: put before the question.
+        max_length, stride: of `fastprompt.tasks.windows.windows`.
+    """
+
+    metric = "f1"
+
+    def __init__(
+        self, tokenizer: Callable, width: int, metrics: str, prefix_text: str, max_length: int, stride: int
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.metrics, self.prefix_text = tokenizer, metrics, prefix_text
+        self.max_length, self.stride = max_length, stride
+        self.head = nn.Linear(width, 2)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.match = nn.Parameter(torch.eye(width).repeat(2, 1, 1))  # (2, D, D)
+
+    def windows(self, questions: Sequence[Question]) -> list[Window]:
+        return windows(self.tokenizer, questions, self.max_length, self.stride, self.prefix_text)
+
+    def encode(self, examples: Sequence[Question]) -> list[Item]:
+        found = self.windows(examples)
+        return [Item(window.ids, window.first, window) for window in found if window.answer is not None]
+
+    def logits(self, hidden: Tensor, items: Sequence[Item]) -> Tensor:
+        """(B, L, 2), -inf at rows that cannot be of an answer."""
+        row = torch.arange(hidden.shape[1], device=hidden.device)
+        first = torch.tensor([item.second for item in items], device=hidden.device)[:, None]
+        last = first + torch.tensor([len(item.target.spans) for item in items], device=hidden.device)[:, None]
+        asked = (row < first) & (row >= 1)  # (B, L), the special first row aside
+        question = F.normalize(pool(hidden, "mean", asked, None), dim=-1)
+        likeness = torch.einsum("bld,cde,be->blc", F.normalize(hidden, dim=-1), self.match, question)
+        logits = self.head(hidden) + 10 * likeness
+        return logits.masked_fill(((row < first) | (row >= last))[..., None], -torch.inf)
+
+    def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+        rows = torch.tensor([item.target.answer for item in items], device=hidden.device)  # (B, 2)
+        return F.cross_entropy(self.logits(hidden, items), rows)  # classes: the L rows
+
+    def predict(self, model: Callable, examples: Sequence[Question], batch_size: int = 16) -> dict[str, str]:
+        found = self.windows(examples)
+        items = [Item(window.ids, window.first, window) for window in found]
+        device = next(model.parameters()).device
+        logits = run_sorted(model, items, lambda hidden, mask, items: self.logits(hidden, items), batch_size, device)
+        logits = [rows[: len(item.ids)] for rows, item in zip(logits, items, strict=True)]
+        return best_answers(examples, found, logits)
+
+    def scores(self, examples: Sequence[Question], predictions: dict[str, str], language: str) -> dict[str, float]:
+        return mlqa_scores(examples, predictions, language) if self.metrics == "mlqa" else squad_scores(examples, predictions)
