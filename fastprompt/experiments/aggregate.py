@@ -108,6 +108,11 @@ class TaskResults:
         first = self.records[0]
         return sorted(first.scores, key=lambda language: (not first.is_source(language), language))
 
+    @property
+    def pairs(self) -> bool:
+        """Whether all languages are pairs, such as "ar-de"."""
+        return all("-" in language for language in self.languages)
+
     @cached_property
     def examples(self) -> list[int]:
         return sorted({record.examples for record in self.records})

@@ -74,7 +74,7 @@ def _compared(task: TaskResults, pairs: list[tuple[Series, Series]]) -> list[Com
 def total_sentence(task: TaskResults, comparisons: list[Comparison], subject: str, rivals: str) -> str:
     """In how many of `comparisons` `subject` is ahead, not apart, behind and not judged."""
     if not comparisons:
-        return f"Nothing to compare yet: no number of examples with finished runs of both {subject} and {rivals}."
+        return f"{subject} against {rivals}: no finished runs with the same number of examples, so nothing to compare."
     count = Counter(comparison.verdict for comparison in comparisons)
     text = (
         f"By mean {metric_name(task.metrics[0])} over {counted(len(task.languages), 'language')}, {subject} against "

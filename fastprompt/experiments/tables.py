@@ -17,7 +17,6 @@ from fastprompt.experiments.wording import (
     MISSING,
     counted,
     digits,
-    metric_name,
     metric_with_unit,
     number,
     significant,
@@ -110,11 +109,11 @@ def stability_table(task: TaskResults, examples: int) -> Table:
                 str(scores.count),
             ]
         )
-    return Table(
-        f"Stability with {counted(examples, 'example')}: mean {metric_with_unit(metric)} over all languages, over seeds.",
-        ["method", "mean", "sd", "worst seed", "loss-curve variance", "gradient-norm spread", "seeds"],
-        rows,
+    title = (
+        f"Stability with {counted(examples, 'example')}: mean {metric_with_unit(metric)} over all languages, by seed."
     )
+    columns = ["method", "mean", "sd", "worst seed", "loss-curve variance", "gradient-norm spread", "seeds"]
+    return Table(title, columns, rows)
 
 
 def loss_table(task: TaskResults, examples: int) -> Table:
