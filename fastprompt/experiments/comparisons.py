@@ -79,7 +79,7 @@ def total_sentence(task: TaskResults, comparisons: list[Comparison], subject: st
     text = (
         f"By mean {metric_name(task.metrics[0])} over {counted(len(task.languages), 'language')}, {subject} against "
         f"{rivals}: of {counted(len(comparisons), 'comparison')}, ahead by more than one standard deviation in "
-        f"{count[AHEAD]}, not apart by more than that in {count[WITHIN]}, behind by more than that in {count[BEHIND]}"
+        f"{count[AHEAD]}, within one in {count[WITHIN]}, behind by more than one in {count[BEHIND]}"
     )
     return f"{text}, not judged for want of a second seed in {count[UNJUDGED]}." if count[UNJUDGED] else f"{text}."
 
@@ -124,6 +124,6 @@ def comparison_table(task: TaskResults, comparisons: list[Comparison]) -> Table:
     return Table(
         f"Difference of mean {metric_name(task.metrics[0])}, the larger of the two standard deviations, and the number "
         "of languages in which the method is ahead, not apart, behind and not judged by the same rule.",
-        ["comparison", "examples", "difference", "larger sd", "mean", *(f"languages {name}" for name in verdicts)],
+        ["comparison", "examples", "difference", "larger sd", "verdict", *(f"languages {name}" for name in verdicts)],
         rows,
     )

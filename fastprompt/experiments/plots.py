@@ -46,9 +46,11 @@ def language_plot(task: TaskResults) -> str:
     """The same, a panel for each language; pairs of languages are averaged by the first."""
     metric = task.metrics[0]
     panels = _panels(task)
+    across = min(_ACROSS, len(panels))
+    rows = math.ceil(len(panels) / across)
 
     def draw(figure) -> None:
-        grid = figure.subplots(rows, _ACROSS, sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.remove()
         for axes, (name, keys) in zip(grid.flat, panels.items(), strict=False):
@@ -59,7 +61,6 @@ def language_plot(task: TaskResults) -> str:
         figure.supylabel(metric_with_unit(metric), fontsize=10)
         _legend(figure, lines)
 
-    rows = math.ceil(len(panels) / _ACROSS)
     title = f"{task.name}: {metric_with_unit(metric)} by number of examples, for each language"
     return _svg(title, (9.5, 2.2 * rows + 0.8), draw)
 
@@ -155,7 +156,7 @@ def _panels(task: TaskResults) -> dict[str, list[str]]:
 
 
 def _legend(figure, lines: dict[str, object]) -> None:
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=3, fontsize=9)
 
 
 def _svg(title: str, size: tuple[float, float], draw: Callable) -> str:
