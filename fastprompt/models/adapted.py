@@ -1,6 +1,5 @@
 """AdaptedBackbone: a base model run packed, and what of it trains, method by method."""
 
-import torch
 from torch import Tensor, nn
 
 from fastprompt._extras import require
@@ -107,5 +106,3 @@ def _add_lora(backbone: nn.Module, rank: int) -> None:
         parameter.requires_grad_("lora_" in name)
     if not any(parameter.requires_grad for parameter in backbone.parameters()):
         raise ValueError(f"lora found no module to adapt in a backbone of family {backbone.config.model_type!r}")
-
-

@@ -49,7 +49,9 @@ def windows(
     room = max_length // 2
     texts = [prefix_text + question.question for question in questions]
     asked = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    texts = [text[: spans[room - 1][1]] if len(spans) > room else text for text, spans in zip(texts, asked, strict=True)]
+    texts = [
+        text[: spans[room - 1][1]] if len(spans) > room else text for text, spans in zip(texts, asked, strict=True)
+    ]
     longest = min(room, max(map(len, asked))) + tokenizer.num_special_tokens_to_add(pair=True)
     if stride < 0 or max_length - longest <= stride:
         raise ValueError(

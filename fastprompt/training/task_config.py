@@ -10,6 +10,7 @@ from fastprompt.tasks.data import TASKS
 
 from .encoding import POOLINGS
 
+RETRIEVAL = "retrieval"  # no labels: examples are pairs, and train the alignment alone
 SCHEDULES = ("constant", "linear")
 
 
@@ -18,7 +19,7 @@ class TaskConfig:
     """Checked when made; what depends on the backbone and the data is checked by `train_task`.
 
     Attributes:
-        task: "pawsx", "xquad" or "mlqa".
+        task: "pawsx", "xquad", "mlqa" or "retrieval", whose examples are the pairs of the alignment.
         method, lora_rank, norms, top_layers: what trains, as of `fastprompt.models.adapted.AdaptedBackbone`.
         train_head: whether the head trains; without, it is what it began as.
         num_virtual_tokens, layers, adapter_size: as in `fastprompt.PromptConfig`.
@@ -74,7 +75,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("task", TASKS),
+            ("task", (*TASKS, RETRIEVAL)),
             ("method", METHODS),
             ("pooling", POOLINGS),
             ("alignment_schedule", SCHEDULES),
@@ -93,6 +94,8 @@ class TaskConfig:
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
         if self.adapter_size is not None and self.method not in ("prompt", "prefix"):
             raise ValueError(f"adapter_size is for methods 'prompt' and 'prefix', got it with {self.method!r}")
+        if self.task == RETRIEVAL and not self.alignment:
+            raise ValueError(f"alignment must be above 0 for retrieval, got {self.alignment}")
         if self.alignment_first and not self.alignment:
             raise ValueError(f"alignment_first needs an alignment above 0, got {self.alignment_first} and 0")
         AlignmentLoss(1, 1, distance=self.distance, temperature=self.temperature)

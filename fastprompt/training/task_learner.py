@@ -1,6 +1,7 @@
 """TaskLearner: an adapted backbone, a task's head and, beside them, the alignment's projection."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from fastprompt.models.adapted import AdaptedBackbone, keep_layers
 from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
 
+from .encoding import tokenize
 from .generated import GeneratedAnswers
-from .task_config import TaskConfig
-from .tasks import Item, PairClassification, SpanAnswers, Task, Verbaliser, inputs_of
+from .task_config import RETRIEVAL, TaskConfig
+from .tasks import Item, PairClassification, Retrieval, SpanAnswers, Task, Verbaliser, inputs_of
 
 TRAINED = "trained.safetensors"
 
@@ -38,12 +40,16 @@ class TaskLearner(nn.Module):
         self.config = config
         options = {"lora_rank": config.lora_rank, "norms": config.norms, "top_layers": config.top_layers}
         self.adapted = AdaptedBackbone(base, config.method, config.prompt(), **options)
-        self.task = _task(config, tokenizer, width, None if output is None else output.weight)
-        self.task.requires_grad_(config.train_head)
         self.alignment = None
         if config.alignment:
             options = {"distance": config.distance, "temperature": config.temperature}
             self.alignment = AlignmentLoss(width, width, **options)
+        if config.task == RETRIEVAL:
+            read = partial(tokenize, tokenizer, prefix_text=config.prefix_text, max_length=config.max_length)
+            self.task = Retrieval(read, config.pooling, self.alignment)
+        else:
+            self.task = _task(config, tokenizer, width, None if output is None else output.weight)
+        self.task.requires_grad_(config.train_head)
         self.to(device)
 
     @property

@@ -18,7 +18,7 @@ from .encoding import Digest, teacher_vectors, tokenize
 from .loop import stop_on_signal
 from .run import Run
 from .sampler import shuffled
-from .task_config import TaskConfig
+from .task_config import RETRIEVAL, TaskConfig
 from .task_learner import TaskLearner
 
 
@@ -46,7 +46,7 @@ def train_task(
     Args:
         backbone: of a supported family, a base model or a causal language model with its head; changed in place.
         tokenizer: transformers' tokenizer for it.
-        examples, validation: as `fastprompt.tasks.data.read_examples` gives them. Without validation examples the last
+        examples, validation: as `fastprompt.tasks.data.read_examples` gives them; pairs for retrieval. Without validation examples the last
             step counts as the best.
         config: all that decides the result.
         out: the run's folder, or None to keep nothing: trained.safetensors (the best), PEFT's files of a prompt,
@@ -68,24 +68,24 @@ def train_task(
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
-    if bool(pairs) != bool(config.alignment):
+    retrieval = config.task == RETRIEVAL
+    if not retrieval and bool(pairs) != bool(config.alignment):
         raise ValueError(f"pairs and an alignment above 0 go together, got {len(pairs)} and {config.alignment}")
     torch.manual_seed(config.seed)
     base = backbone.base_model
     if config.num_layers is not None:
         keep_layers(base, config.num_layers)
     examples = draw(examples, config.examples, config.seed)
+    if retrieval:
+        pairs = examples
     source, target = (
         tokenize(tokenizer, [getattr(pair, side) for pair in pairs], config.prefix_text, config.max_length)
         if pairs
         else []
         for side in ("source", "target")
     )
-    digest = Digest(base)
-    teacher = None
-    if pairs:
-        device = next(base.parameters()).device
-        teacher = teacher_vectors(digest, source, config.pooling, device, cache).to(device)
+    digest, device = Digest(base), next(base.parameters()).device
+    teacher = teacher_vectors(digest, source, config.pooling, device, cache).to(device) if pairs else None
     run, state = None, None
     if out is not None:
         text = json.dumps([examples, validation, source, target])
@@ -94,7 +94,10 @@ def train_task(
         state = run.state
     learner = TaskLearner(backbone, tokenizer, config)
     items = learner.task.encode(examples)
-    if not items:
+    if retrieval and validation:
+        english = learner.task.tokenize([pair.source for pair in validation])
+        learner.task.english = teacher_vectors(digest, english, config.pooling, device, cache)
+    if not items and not retrieval:
         raise ValueError(f"examples must have answers that stand in their contexts, got none in {len(examples)}")
     trained = learner.trained()
     optimizer = torch.optim.AdamW(learner.groups(), weight_decay=0.0)

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
 from fastprompt.tasks.metrics import accuracy, mlqa_scores, squad_scores
+from fastprompt.tasks.parallel import Pair
 from fastprompt.tasks.pawsx import Example
+from fastprompt.tasks.retrieval import retrieval_scores
 from fastprompt.tasks.squad import Question
 from fastprompt.tasks.windows import Window, best_answers, windows
 
@@ -112,7 +115,7 @@ class PairClassification(Task):
         return items
 
     def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
-        return self.head(pool(hidden, self.pooling, mask, None))
+        return self.head(pool(hidden, self.pooling, mask))
 
     def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
         labels = torch.tensor([item.target for item in items], device=hidden.device)
@@ -156,7 +159,7 @@ class Verbaliser(PairClassification):
         return [Item(ids, len(ids), example.label) for ids, example in zip(encoded, examples, strict=True)]
 
     def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
-        return pool(hidden, "last", mask, None).to(self.words.dtype) @ self.words.T
+        return pool(hidden, "last", mask).to(self.words.dtype) @ self.words.T
 
 
 class SpanAnswers(Task):
@@ -200,7 +203,7 @@ class SpanAnswers(Task):
         first = torch.tensor([item.second for item in items], device=hidden.device)[:, None]
         last = first + torch.tensor([len(item.target.spans) for item in items], device=hidden.device)[:, None]
         asked = (row < first) & (row >= 1)  # (B, L), the special first row aside
-        question = F.normalize(pool(hidden, "mean", asked, None), dim=-1)
+        question = F.normalize(pool(hidden, "mean", asked), dim=-1)
         likeness = torch.einsum("bld,cde,be->blc", F.normalize(hidden, dim=-1), self.match, question)
         logits = self.head(hidden) + 10 * likeness
         return logits.masked_fill(((row < first) | (row >= last))[..., None], -torch.inf)
@@ -218,4 +221,45 @@ class SpanAnswers(Task):
         return best_answers(examples, found, logits)
 
     def scores(self, examples: Sequence[Question], predictions: dict[str, str], language: str) -> dict[str, float]:
-        return mlqa_scores(examples, predictions, language) if self.metrics == "mlqa" else squad_scores(examples, predictions)
+        return (
+            mlqa_scores(examples, predictions, language)
+            if self.metrics == "mlqa"
+            else squad_scores(examples, predictions)
+        )
+
+
+class Retrieval(Task):
+    """Finding the English sentence by its translation: nothing but the alignment trains for it.
+
+    Args:
+        tokenize: sentences to token ids.
+        pooling: a sentence's vector: the "mean" of its rows, its "first" or its "last".
+        alignment: whose projection makes a vector comparable with English ones.
+
+    Attributes:
+        english: (N, D) vectors of the English sentences of the N pairs to be scored, by the backbone as it came.
+    """
+
+    metric = "r@1"
+
+    def __init__(self, tokenize: Callable, pooling: str, alignment: AlignmentLoss) -> None:
+        super().__init__()
+        self.tokenize, self.pooling, self.english = tokenize, pooling, None
+        self.project = alignment.project  # no submodule: the alignment has its own learning rate
+
+    def encode(self, examples: Sequence[Pair]) -> list[Item]:
+        return []
+
+    def predict(self, model: Callable, examples: Sequence[Pair], batch_size: int = 32) -> dict[str, Tensor]:
+        items = [Item(ids, len(ids), None) for ids in self.tokenize([pair.target for pair in examples])]
+
+        def read(hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+            return self.project(pool(hidden, self.pooling, mask))
+
+        device = next(model.parameters()).device
+        return dict(zip(map(str, range(len(items))), run_sorted(model, items, read, batch_size, device), strict=True))
+
+    def scores(self, examples: Sequence[Pair], predictions: dict[str, Tensor], language: str) -> dict[str, float]:
+        number = {sentence: n for n, sentence in enumerate(dict.fromkeys(pair.source for pair in examples))}
+        groups = torch.tensor([number[pair.source] for pair in examples])
+        return retrieval_scores(torch.stack(list(predictions.values())), self.english, groups)
