@@ -24,7 +24,8 @@ def learn_lexicon(pairs: Sequence[Pair], iterations: int = 5, threshold: float =
             together in one pair alone are kept only if they are the same (numbers, names).
 
     Returns:
-        source word, in lower case -> target word, spelt as it mostly is within sentences.
+        source word, in lower case -> target word, spelt as it mostly is within sentences; a Chinese character or kana
+        with those that mostly stand around it.
 
     Raises:
         ValueError: no pairs, fewer than one iteration or a threshold outside [0, 1].
@@ -67,11 +68,13 @@ def learn_lexicon(pairs: Sequence[Pair], iterations: int = 5, threshold: float =
     best_of_target = torch.zeros(len(target_words), dtype=share.dtype).scatter_reduce_(0, target_kind, share, "amax")
     kept = (share >= threshold) & (share == best_of_source[source_kind]) & (share == best_of_target[target_kind])
     spelling = _spelling([pair.target for pair in pairs])
+    before, after = _neighbours([pair.target for pair in pairs])
     lexicon = {}
     for index in kept.nonzero().flatten().tolist():
         word, translation = source_words[source_kind[index]], target_words[target_kind[index]]
         if together[index] > 1 or word == translation:
-            lexicon.setdefault(word, spelling[translation])
+            around = _follow(translation, before)[::-1], _follow(translation, after)
+            lexicon.setdefault(word, "".join([*around[0], spelling[translation], *around[1]]))
     return lexicon
 
 
@@ -103,7 +106,9 @@ def _numbered(texts: list[str]) -> tuple[list[Tensor], list[str]]:
     rows = []
     for text in texts:
         rows.append(
-            torch.tensor([numbers.setdefault(word_key(text[a:b]), len(numbers)) for a, b in word_spans(text)], dtype=torch.int64)
+            torch.tensor(
+                [numbers.setdefault(word_key(text[a:b]), len(numbers)) for a, b in word_spans(text)], dtype=torch.int64
+            )
         )
     return rows, list(numbers)
 
@@ -116,3 +121,30 @@ def _spelling(texts: list[str]) -> dict[str, str]:
             word = unicodedata.normalize("NFC", text[start:end])
             counts.setdefault(word.lower(), Counter())[word] += 1 if begins_sentence(text, start) else 1000
     return {word: max(spellings, key=lambda each: (spellings[each], each)) for word, spellings in counts.items()}
+
+
+def _neighbours(texts: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What stands before and after a character that is a word, without a gap, in most places where it occurs."""
+    count: Counter[str] = Counter()
+    two: Counter[tuple[str, str]] = Counter()
+    for text in texts:
+        spans = word_spans(text)
+        count.update(text[start] for start, end in spans if end - start == 1)
+        for (first, end), (start, last) in zip(spans, spans[1:], strict=False):
+            if end == start and last - first == 2 and text[first:last].isalpha():
+                two[text[first], text[start]] += 1
+    before, after = {}, {}
+    for (first, second), together in two.items():
+        if together > 1 and together > 0.6 * count[second]:
+            before[second] = first
+        if together > 1 and together > 0.6 * count[first]:
+            after[first] = second
+    return before, after
+
+
+def _follow(word: str, neighbour: dict[str, str]) -> list[str]:
+    """The chain of neighbours that begins at a word, at most three."""
+    chain: list[str] = []
+    while len(chain) < 3 and (word := neighbour.get(word, "")):
+        chain.append(word)
+    return chain
