@@ -21,11 +21,12 @@ _BATCH = 32  # sentences of a pass without gradients
 _CACHE_FORMAT = 2  # raised when the same content would give other tensors
 
 
-def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable]:
+def load_backbone(name: str, device: str | torch.device = "cpu", *, causal: bool = False) -> tuple[nn.Module, Callable]:
     """A base model in float32, in evaluation mode, and its tokenizer.
 
     Args:
         name: a folder as `save_pretrained` writes it, or a model's name on the hub.
+        causal: with the head of a causal language model.
 
     Raises:
         ValueError: it cannot be loaded, or has no tokenizer.
@@ -35,7 +36,8 @@ def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[nn.Mod
         config = transformers.AutoConfig.from_pretrained(name)
         # The pooler of an encoder reads one row and is often not in the weights: no vector here comes from it.
         options = {"add_pooling_layer": False} if config.model_type in ENCODERS else {}
-        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **options)
+        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        model = kind.from_pretrained(name, dtype=torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone {name!r} must be a model's folder or its name on the hub: {error}") from error

@@ -46,8 +46,8 @@ def train_task(
     Args:
         backbone: of a supported family, a base model or a causal language model with its head; changed in place.
         tokenizer: transformers' tokenizer for it.
-        examples, validation: as `fastprompt.tasks.data.read_examples` gives them; pairs for retrieval. Without validation examples the last
-            step counts as the best.
+        examples, validation: as `fastprompt.tasks.data.read_examples` gives them; pairs for retrieval. Without
+            validation examples the last step counts as the best.
         config: all that decides the result.
         out: the run's folder, or None to keep nothing: trained.safetensors (the best), PEFT's files of a prompt,
             run.json, metrics.jsonl, curves.png, summary.json, and training_state.pt for `resume`, as of the last

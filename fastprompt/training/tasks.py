@@ -165,9 +165,9 @@ class Verbaliser(PairClassification):
 class SpanAnswers(Task):
     """Extractive question answering with an encoder: where the answer begins and ends.
 
-    A row's logits are linear in its hidden state h, plus its likeness to the question, 10 cos(h, W q) with q the mean of
-    the question's rows and W begun at the identity, one for the beginning and one for the end. A few dozen examples
-    teach a linear head alone little; likeness to the question is something the model has already.
+    A row's logits are linear in its hidden state h, plus its likeness to the question, 10 cos(h, W q) with q the mean
+    of the question's rows and W begun at the identity, one for the beginning and one for the end. A few dozen examples
+    teach a linear head alone little; likeness to the question is something the model has already. (Ours.)
 
     Args:
         tokenizer: transformers' tokenizer, a fast one.
@@ -203,8 +203,8 @@ class SpanAnswers(Task):
         first = torch.tensor([item.second for item in items], device=hidden.device)[:, None]
         last = first + torch.tensor([len(item.target.spans) for item in items], device=hidden.device)[:, None]
         asked = (row < first) & (row >= 1)  # (B, L), the special first row aside
-        question = F.normalize(pool(hidden, "mean", asked), dim=-1)
-        likeness = torch.einsum("bld,cde,be->blc", F.normalize(hidden, dim=-1), self.match, question)
+        question = pool(hidden, "mean", asked) @ self.match.mT  # (2, B, D)
+        likeness = torch.einsum("bld,cbd->blc", F.normalize(hidden, dim=-1), F.normalize(question, dim=-1))
         logits = self.head(hidden) + 10 * likeness
         return logits.masked_fill(((row < first) | (row >= last))[..., None], -torch.inf)
 

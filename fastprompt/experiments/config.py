@@ -1,0 +1,137 @@
+"""StudyConfig: what a study runs, as its YAML file says."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastprompt._extras import require
+from fastprompt.training.task_config import RETRIEVAL, TaskConfig
+
+from .records import STUDIES
+
+_PARTS = ("alignment", "adapters", "norms")
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A grid of runs: methods x numbers of examples x seeds (x variants, in the study "pseudo").
+
+    Attributes:
+        study: "scarcity", "stability" or "pseudo": what the report looks at.
+        task: "xquad", "mlqa", "pawsx" or "retrieval".
+        backbone: folder of a model, or its name on the hub.
+        data: of the task, as in `fastprompt.tasks.data.read_examples`; for retrieval not used.
+        languages: to be scored. "de@test" takes another split than `test_split`. For retrieval those of `parallel`.
+        train_split, validation_split, test_split: as `split` of `read_examples`.
+        source: language of the labelled examples.
+        methods: of AdaptedBackbone, with "+alignment", "+adapters" and "+norms" as wanted; for retrieval also "frozen",
+            the backbone as it is.
+        examples: numbers of labelled examples; "all" for all.
+        seeds: of what is random in a run.
+        parallel: files of parallel text, as `fastprompt.tasks.parallel.read_pairs` takes them; language -> file.
+        parallel_test: pairs of each of those files that are kept for the scores (retrieval).
+        test_limit: score so many examples of each language, evenly spread. None: all.
+        alignment: weight of the alignment loss in methods that have it.
+        adapter_size: in methods that have adapters.
+        settings: of `TaskConfig`, for all runs.
+        method_settings: method -> settings of its own.
+        variants: of the study "pseudo": "real", "pseudo" (labels made without labels) and "pseudo+real".
+        pseudo_examples: so many are made.
+        causal: the backbone is a causal language model, and is loaded with its head.
+        title: of the report.
+    """
+
+    study: str
+    task: str
+    backbone: str
+    data: str = "."
+    languages: Sequence[str] = ()
+    train_split: str = "train"
+    validation_split: str | None = "dev"
+    test_split: str = "test"
+    source: str = "en"
+    methods: Sequence[str] = ("head", "full", "lora", "prompt", "prefix", "prefix+alignment")
+    examples: Sequence[int | str] = (8, 16, 32, 64, 128, 256, "all")
+    seeds: Sequence[int] = (0, 1, 2)
+    parallel: dict[str, str] = field(default_factory=dict)
+    parallel_test: int = 200
+    test_limit: int | None = None
+    alignment: float = 1.0
+    adapter_size: int = 64
+    settings: dict = field(default_factory=dict)
+    method_settings: dict[str, dict] = field(default_factory=dict)
+    variants: Sequence[str] = ("",)
+    pseudo_examples: int = 500
+    causal: bool = False
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        if self.study not in STUDIES:
+            raise ValueError(f"study must be one of {STUDIES}, got {self.study!r}")
+        allowed = ("real", "pseudo", "pseudo+real") if self.study == "pseudo" else ("",)
+        if not self.variants or not set(self.variants) <= set(allowed):
+            raise ValueError(f"variants must be of {allowed} in the study {self.study!r}, got {list(self.variants)}")
+        if self.task == RETRIEVAL and self.study == "pseudo":
+            raise ValueError("task must have labels for the study 'pseudo', got 'retrieval'")
+        for name in ("methods", "examples", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must hold at least one, got none")
+        for count in self.examples:
+            if count != "all" and (type(count) is not int or count < 1):
+                raise ValueError(f'examples must be positive integers or "all", got {count!r}')
+        if not self.languages and self.task != RETRIEVAL:
+            raise ValueError("languages must hold at least one, got none")
+        if not self.parallel and any("alignment" in method for method in self.methods):
+            raise ValueError("parallel must name a file at least, for methods with alignment, got none")
+        unknown = set(self.method_settings) - set(self.methods)
+        if unknown:
+            raise ValueError(f"method_settings must be of {list(self.methods)}, got {sorted(unknown)}")
+        for method in self.methods:
+            if method != FROZEN:
+                self.run_config(method, 1, 0)
+
+    def run_config(self, method: str, examples: int | None, seed: int) -> TaskConfig:
+        """The configuration of one run."""
+        name, *parts = method.split("+")
+        if not set(parts) <= set(_PARTS):
+            raise ValueError(f"methods must be one of TaskConfig's with any of {_PARTS}, got {method!r}")
+        own = {"method": name, "examples": examples, "seed": seed}
+        if "alignment" in parts:
+            own["alignment"] = self.alignment
+        if "adapters" in parts:
+            own["adapter_size"] = self.adapter_size
+        if "norms" in parts:
+            own["norms"] = True
+        settings = {"task": self.task, **self.settings, **own, **self.method_settings.get(method, {})}
+        known = {each.name for each in dataclasses.fields(TaskConfig)}
+        if not settings.keys() <= known:
+            raise ValueError(f"settings must be of {sorted(known)}, got {sorted(settings.keys() - known)}")
+        return TaskConfig(**settings)
+
+
+def read_study(path: str | Path, **given) -> StudyConfig:
+    """Read a study's YAML file; what is given and not None is taken instead of what it says.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no YAML, or a name or value in it that is not as expected.
+    """
+    yaml = require("yaml", "train")
+    path = Path(path)
+    try:
+        about = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be YAML: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: must hold names and values, got {type(about).__name__}")
+    about |= {name: value for name, value in given.items() if value is not None}
+    names = {each.name for each in dataclasses.fields(StudyConfig)}
+    needed = {each.name for each in dataclasses.fields(StudyConfig) if each.name in ("study", "task", "backbone")}
+    for what, wrong in (("unknown", about.keys() - names), ("missing", needed - about.keys())):
+        if wrong:
+            raise ValueError(f"{path}: {what} names {sorted(wrong)}; there are {sorted(names)}")
+    try:
+        return StudyConfig(**about)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error

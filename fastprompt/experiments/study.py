@@ -1,0 +1,240 @@
+"""run_study: a grid of runs, each trained and scored; what is done is kept, and skipped the next time."""
+
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastprompt._files import write_text
+from fastprompt._measure import peak_memory_mb
+from fastprompt.tasks.data import read_examples, spread
+from fastprompt.tasks.parallel import Pair, read_pairs, split_pairs
+from fastprompt.training.encoding import load_backbone
+from fastprompt.training.task_config import RETRIEVAL
+from fastprompt.training.task_loop import draw, train_task
+
+from .config import FROZEN, StudyConfig
+from .pseudo import pseudo_examples
+from .records import RESULTS, STUDY
+
+
+class Planned(NamedTuple):
+    """One run of a study."""
+
+    variant: str
+    examples: int
+    method: str
+    seed: int
+
+
+class Data(NamedTuple):
+    """What the runs of a study share.
+
+    Attributes:
+        train, validation: labelled examples of the source language.
+        tests: language -> examples to be scored.
+        pairs: parallel text of all languages; for retrieval language -> pairs for training, and `tests` those for scores.
+    """
+
+    train: Sequence
+    validation: Sequence
+    tests: dict[str, Sequence]
+    pairs: Sequence[Pair] | dict[str, Sequence[Pair]]
+
+
+def run_study(
+    config: StudyConfig,
+    out: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    on_run: Callable[[int, int, Planned, dict | None], None] | None = None,
+) -> list[dict]:
+    """Run what is not yet in `out`/results.jsonl, one line for each finished run.
+
+    A study that died goes on where it was: a run that was not finished begins anew.
+
+    Args:
+        config: of the study.
+        out: its folder. What was begun there must have been the same study; seeds, numbers of examples, methods and
+            variants may be more.
+        on_run: called before each run with its number, how many there are, the run and None, and after it with its
+            record.
+
+    Returns:
+        The records of the runs done now.
+
+    Raises:
+        ValueError: another study is in `out`, or a setting that does not fit the data or the backbone.
+        OSError: data or backbone cannot be read.
+    """
+    out = Path(out)
+    data = read_data(config)
+    planned = plan(config, data)
+    _begin(config, out)
+    results = out / RESULTS
+    done = _done(results)
+    records = []
+    for number, run in enumerate(planned, 1):
+        if _key(run) in done:
+            continue
+        if on_run is not None:
+            on_run(number, len(planned), run, None)
+        record = _run(config, data, run, device)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        records.append(record)
+        if on_run is not None:
+            on_run(number, len(planned), run, record)
+    return records
+
+
+def read_data(config: StudyConfig) -> Data:
+    """Read and check all data before the first run."""
+    pairs = {language: read_pairs(file) for language, file in config.parallel.items()}
+    if config.task == RETRIEVAL:
+        tests, train = {}, {}
+        for language, each in pairs.items():
+            tests[language], train[language] = split_pairs(
+                each, config.parallel_test, len(each) - config.parallel_test, 0
+            )
+        return Data([], [], tests, train)
+    read = [config.task, config.data, config.source]
+    train = read_examples(*read, config.train_split)
+    validation = read_examples(*read, config.validation_split) if config.validation_split else []
+    tests = {}
+    for name in config.languages:
+        language, _, split = name.partition("@")
+        tests[name] = spread(
+            read_examples(config.task, config.data, language, split or config.test_split), config.test_limit
+        )
+    return Data(train, validation, tests, [pair for each in pairs.values() for pair in each])
+
+
+def plan(config: StudyConfig, data: Data) -> list[Planned]:
+    """All runs, those with few examples first. A number of examples that is not there is left out."""
+    there = min(map(len, data.pairs.values())) if config.task == RETRIEVAL else len(data.train)
+    counts = sorted({there if count == "all" else count for count in config.examples})
+    runs = itertools.product(config.variants, [n for n in counts if n <= there], config.seeds, config.methods)
+    return [Planned(variant, count, method, seed) for variant, count, seed, method in runs]
+
+
+def _begin(config: StudyConfig, out: Path) -> None:
+    """Write study.json, or check that it is of the same study; cut a line off that a run died in."""
+    about = json.loads(json.dumps(dataclasses.asdict(config)))
+    file, results = out / STUDY, out / RESULTS
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))["config"]
+        for name in about.keys() - {"methods", "method_settings", "examples", "seeds", "variants", "title"}:
+            if before.get(name, about[name]) != about[name]:
+                raise ValueError(f"{name} must be as in the study in {out}: {before[name]!r}, got {about[name]!r}")
+        for method in before["method_settings"].keys() | about["method_settings"].keys():
+            old, new = (each["method_settings"].get(method) for each in (before, about))
+            if method in before["methods"] and old != new:
+                raise ValueError(f"method_settings of {method!r} must be as in the study in {out}: {old}, got {new}")
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {name: metadata.version(name) for name in ("fastprompt", "torch", "transformers")}
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    study = {"study": config.study, "title": config.title or f"{config.study}: {config.task}", "config": about}
+    write_text(file, json.dumps(study | {"versions": versions, "machine": machine}, indent=2) + "\n")
+    if results.is_file():
+        whole = results.read_bytes()
+        os.truncate(results, whole.rfind(b"\n") + 1)
+
+
+def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.device) -> dict:
+    start = time.perf_counter()
+    if config.task == RETRIEVAL:
+        trained = [_retrieve(config, data, run, language, device) for language in data.tests]
+        scores = {language: each["scores"] for language, each in zip(data.tests, trained, strict=True)}
+        validation = sum(score["r@1"] for score in scores.values()) / len(scores)
+        records, parameters = trained[0]["records"], trained[0]["parameters"]
+        for name in ("loss", "gradient_norm"):  # of a step: the mean over languages
+            for n, record in enumerate(records):
+                record[name] = sum(each["records"][n][name] for each in trained) / len(trained)
+    else:
+        settings = config.run_config(run.method, None if run.variant else run.examples, run.seed)
+        model, tokenizer = load_backbone(config.backbone, device, causal=config.causal)
+        learner, records = train_task(
+            *(model, tokenizer, _train_examples(config, data, run), data.validation, settings),
+            language=config.source,
+            pairs=data.pairs if settings.alignment else (),
+        )
+        scores = {}
+        for name, examples in data.tests.items():
+            language = name.partition("@")[0].partition("-")[0]  # of mlqa's pairs, that of the contexts
+            scores[name] = learner.task.scores(examples, learner.predict(examples), language)
+        best = [record["validation"] for record in records if "validation" in record]
+        validation, parameters = max(best, default=0.0), sum(p.numel() for p in learner.trained().values())
+    record = {
+        "task": config.task,
+        "method": run.method,
+        "examples": run.examples,
+        "seed": run.seed,
+        "variant": run.variant,
+        "scores": scores,
+        "source": config.source,
+        "validation": validation,
+        "seconds": round(time.perf_counter() - start, 2),
+        "steps": len(records),
+        "trained_parameters": parameters,
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "losses": [round(record["loss"], 5) for record in records],
+        "gradient_norms": [round(record["gradient_norm"], 5) for record in records],
+    }
+    if config.task == "pawsx":
+        record["baseline"] = {"majority": {name: _majority(examples) for name, examples in data.tests.items()}}
+    return record
+
+
+def _train_examples(config: StudyConfig, data: Data, run: Planned) -> list:
+    real = draw(data.train, run.examples, run.seed)
+    if run.variant in ("", "real"):
+        return real
+    made = pseudo_examples(config, data.train, data.pairs, run.seed)
+    return made if run.variant == "pseudo" else real + made
+
+
+def _retrieve(config: StudyConfig, data: Data, run: Planned, language: str, device: str | torch.device) -> dict:
+    """Train for one language, and find the English sentences of its test pairs."""
+    model, tokenizer = load_backbone(config.backbone, device)
+    method = "head" if run.method == FROZEN else run.method
+    settings = config.run_config(
+        f"{method}+alignment" if "+alignment" not in method else method, run.examples, run.seed
+    )
+    if run.method == FROZEN:
+        settings = dataclasses.replace(settings, steps=1, projection_lr=0.0)
+    # The scores are taken once, after the last step: nothing is chosen by them.
+    settings = dataclasses.replace(settings, evaluate_every=settings.steps)
+    learner, records = train_task(model, tokenizer, data.pairs[language], data.tests[language], settings)
+    scores = learner.task.scores(data.tests[language], learner.predict(data.tests[language]), language)
+    return {
+        "scores": scores,
+        "records": records,
+        "parameters": 0 if run.method == FROZEN else sum(p.numel() for p in learner.trained().values()),
+    }
+
+
+def _majority(examples: Sequence) -> float:
+    share = sum(example.label for example in examples) / len(examples)
+    return 100 * max(share, 1 - share)
+
+
+def _key(run: Planned | dict) -> tuple:
+    get = run.get if isinstance(run, dict) else run._asdict().get
+    return tuple(get(name) for name in Planned._fields)
+
+
+def _done(results: Path) -> set[tuple]:
+    if not results.is_file():
+        return set()
+    return {_key(json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()}
