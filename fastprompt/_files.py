@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from fastprompt._extras import require
+
 Result = TypeVar("Result")
 
 
@@ -39,3 +41,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_aside(path, lambda aside: save_file(whole, aside, {"format": "pt"} | (metadata or {})))
+
+
+def read_yaml(path: Path) -> dict:
+    """Names and values of a YAML file.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or is no YAML of that kind.
+    """
+    yaml = require("yaml", "train")
+    try:
+        about = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be YAML: {error}") from error
+    if not isinstance(about, dict) or not all(isinstance(name, str) for name in about):
+        raise ValueError(f"{path}: must hold names and values, got {type(about).__name__}")
+    return about

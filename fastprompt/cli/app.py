@@ -10,7 +10,6 @@ Option = typer.Option
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Soft prompts and prefix tuning, made cheap.")
 
-Backbone = Annotated[str, Option(help="Folder of a model, or its name on the hub.")]
 Device = Annotated[str | None, Option(help="Where to compute; a GPU where there is one.")]
 
 
@@ -30,3 +29,14 @@ def info() -> None:
     from fastprompt.info import describe
 
     describe()
+
+
+def torch_device(name: str | None):
+    """The device of that name; without one, a GPU where there is one."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device of torch, got {name!r}: {error}") from error

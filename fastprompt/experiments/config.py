@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastprompt._extras import require
+from fastprompt._files import read_yaml
 from fastprompt.training.task_config import RETRIEVAL, TaskConfig
 
 from .records import STUDIES
@@ -32,6 +32,7 @@ class StudyConfig:
         seeds: of what is random in a run.
         parallel: files of parallel text, as `fastprompt.tasks.parallel.read_pairs` takes them; language -> file.
         parallel_test: pairs of each of those files that are kept for the scores (retrieval).
+        also: task -> {"data", "languages", "split"}: of another task of the same kind, scored with the same runs.
         test_limit: score so many examples of each language, evenly spread. None: all.
         alignment: weight of the alignment loss in methods that have it.
         adapter_size: in methods that have adapters.
@@ -39,7 +40,6 @@ class StudyConfig:
         method_settings: method -> settings of its own.
         variants: of the study "pseudo": "real", "pseudo" (labels made without labels) and "pseudo+real".
         pseudo_examples: so many are made.
-        causal: the backbone is a causal language model, and is loaded with its head.
         title: of the report.
     """
 
@@ -57,6 +57,7 @@ class StudyConfig:
     seeds: Sequence[int] = (0, 1, 2)
     parallel: dict[str, str] = field(default_factory=dict)
     parallel_test: int = 200
+    also: dict[str, dict] = field(default_factory=dict)
     test_limit: int | None = None
     alignment: float = 1.0
     adapter_size: int = 64
@@ -64,7 +65,6 @@ class StudyConfig:
     method_settings: dict[str, dict] = field(default_factory=dict)
     variants: Sequence[str] = ("",)
     pseudo_examples: int = 500
-    causal: bool = False
     title: str = ""
 
     def __post_init__(self) -> None:
@@ -88,6 +88,9 @@ class StudyConfig:
         unknown = set(self.method_settings) - set(self.methods)
         if unknown:
             raise ValueError(f"method_settings must be of {list(self.methods)}, got {sorted(unknown)}")
+        for task, about in self.also.items():
+            if {task, self.task} != {"xquad", "mlqa"} or about.keys() != {"data", "languages", "split"}:
+                raise ValueError(f"also must be mlqa beside xquad or the other way round, got {self.also}")
         for method in self.methods:
             if method != FROZEN:
                 self.run_config(method, 1, 0)
@@ -98,7 +101,7 @@ class StudyConfig:
         if not set(parts) <= set(_PARTS):
             raise ValueError(f"methods must be one of TaskConfig's with any of {_PARTS}, got {method!r}")
         own = {"method": name, "examples": examples, "seed": seed}
-        if "alignment" in parts:
+        if "alignment" in parts or self.task == RETRIEVAL:  # which nothing else trains for
             own["alignment"] = self.alignment
         if "adapters" in parts:
             own["adapter_size"] = self.adapter_size
@@ -117,14 +120,8 @@ def read_study(path: str | Path, **given) -> StudyConfig:
     Raises:
         FileNotFoundError, ValueError: no such file, no YAML, or a name or value in it that is not as expected.
     """
-    yaml = require("yaml", "train")
     path = Path(path)
-    try:
-        about = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: must be YAML: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{path}: must hold names and values, got {type(about).__name__}")
+    about = read_yaml(path)
     about |= {name: value for name, value in given.items() if value is not None}
     names = {each.name for each in dataclasses.fields(StudyConfig)}
     needed = {each.name for each in dataclasses.fields(StudyConfig) if each.name in ("study", "task", "backbone")}

@@ -40,13 +40,13 @@ class Data(NamedTuple):
 
     Attributes:
         train, validation: labelled examples of the source language.
-        tests: language -> examples to be scored.
-        pairs: parallel text of all languages; for retrieval language -> pairs for training, and `tests` those for scores.
+        tests: task -> language -> examples to be scored.
+        pairs: parallel text of all languages; for retrieval language -> pairs for training, beside those in `tests`.
     """
 
     train: Sequence
     validation: Sequence
-    tests: dict[str, Sequence]
+    tests: dict[str, dict[str, Sequence]]
     pairs: Sequence[Pair] | dict[str, Sequence[Pair]]
 
 
@@ -80,21 +80,21 @@ def run_study(
     planned = plan(config, data)
     _begin(config, out)
     results = out / RESULTS
-    done = _done(results)
+    done = _done(results, config.task)
     records = []
     for number, run in enumerate(planned, 1):
         if _key(run) in done:
             continue
         if on_run is not None:
             on_run(number, len(planned), run, None)
-        record = _run(config, data, run, device)
+        made = _run(config, data, run, device)
         with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write("".join(json.dumps(record) + "\n" for record in made))
             file.flush()
             os.fsync(file.fileno())
-        records.append(record)
+        records += made
         if on_run is not None:
-            on_run(number, len(planned), run, record)
+            on_run(number, len(planned), run, made[-1])
     return records
 
 
@@ -107,17 +107,23 @@ def read_data(config: StudyConfig) -> Data:
             tests[language], train[language] = split_pairs(
                 each, config.parallel_test, len(each) - config.parallel_test, 0
             )
-        return Data([], [], tests, train)
+        return Data([], [], {RETRIEVAL: tests}, train)
     read = [config.task, config.data, config.source]
     train = read_examples(*read, config.train_split)
     validation = read_examples(*read, config.validation_split) if config.validation_split else []
-    tests = {}
-    for name in config.languages:
-        language, _, split = name.partition("@")
-        tests[name] = spread(
-            read_examples(config.task, config.data, language, split or config.test_split), config.test_limit
-        )
+    own = {"data": config.data, "languages": config.languages, "split": config.test_split}
+    tests = {
+        task: _tests(task, config.test_limit, **about) for task, about in {config.task: own, **config.also}.items()
+    }
     return Data(train, validation, tests, [pair for each in pairs.values() for pair in each])
+
+
+def _tests(task: str, limit: int | None, data: str, languages: Sequence[str], split: str) -> dict[str, Sequence]:
+    tests = {}
+    for name in languages:
+        language, _, own = name.partition("@")
+        tests[name] = spread(read_examples(task, data, language, own or split), limit)
+    return tests
 
 
 def plan(config: StudyConfig, data: Data) -> list[Planned]:
@@ -151,37 +157,39 @@ def _begin(config: StudyConfig, out: Path) -> None:
         os.truncate(results, whole.rfind(b"\n") + 1)
 
 
-def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.device) -> dict:
+def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.device) -> list[dict]:
+    """The records of one run, the study's own task last: when it is there, the run is done."""
     start = time.perf_counter()
     if config.task == RETRIEVAL:
-        trained = [_retrieve(config, data, run, language, device) for language in data.tests]
-        scores = {language: each["scores"] for language, each in zip(data.tests, trained, strict=True)}
-        validation = sum(score["r@1"] for score in scores.values()) / len(scores)
+        tests = data.tests[RETRIEVAL]
+        trained = [_retrieve(config, data, run, language, device) for language in tests]
+        scores = {RETRIEVAL: {name: each["scores"] for name, each in zip(tests, trained, strict=True)}}
+        validation = sum(score["r@1"] for score in scores[RETRIEVAL].values()) / len(tests)
         records, parameters = trained[0]["records"], trained[0]["parameters"]
         for name in ("loss", "gradient_norm"):  # of a step: the mean over languages
             for n, record in enumerate(records):
                 record[name] = sum(each["records"][n][name] for each in trained) / len(trained)
     else:
-        settings = config.run_config(run.method, None if run.variant else run.examples, run.seed)
-        model, tokenizer = load_backbone(config.backbone, device, causal=config.causal)
+        settings = config.run_config(run.method, None, run.seed)
+        model, tokenizer = load_backbone(config.backbone, device, causal_head=True)
         learner, records = train_task(
             *(model, tokenizer, _train_examples(config, data, run), data.validation, settings),
             language=config.source,
             pairs=data.pairs if settings.alignment else (),
         )
-        scores = {}
-        for name, examples in data.tests.items():
-            language = name.partition("@")[0].partition("-")[0]  # of mlqa's pairs, that of the contexts
-            scores[name] = learner.task.scores(examples, learner.predict(examples), language)
+        scores = {task: {} for task in data.tests}
+        for task, tests in data.tests.items():
+            learner.task.metrics = task  # whose rules score answers
+            for name, examples in tests.items():
+                language = name.partition("@")[0].partition("-")[0]  # of mlqa's pairs, that of the contexts
+                scores[task][name] = learner.task.scores(examples, learner.predict(examples), language)
         best = [record["validation"] for record in records if "validation" in record]
         validation, parameters = max(best, default=0.0), sum(p.numel() for p in learner.trained().values())
-    record = {
-        "task": config.task,
+    about = {
         "method": run.method,
         "examples": run.examples,
         "seed": run.seed,
         "variant": run.variant,
-        "scores": scores,
         "source": config.source,
         "validation": validation,
         "seconds": round(time.perf_counter() - start, 2),
@@ -192,8 +200,9 @@ def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.devi
         "gradient_norms": [round(record["gradient_norm"], 5) for record in records],
     }
     if config.task == "pawsx":
-        record["baseline"] = {"majority": {name: _majority(examples) for name, examples in data.tests.items()}}
-    return record
+        tests = data.tests["pawsx"]
+        about["baseline"] = {"majority": {name: _majority(examples) for name, examples in tests.items()}}
+    return [{"task": task, "scores": scores[task], **about} for task in [*config.also, config.task]]
 
 
 def _train_examples(config: StudyConfig, data: Data, run: Planned) -> list:
@@ -215,8 +224,9 @@ def _retrieve(config: StudyConfig, data: Data, run: Planned, language: str, devi
         settings = dataclasses.replace(settings, steps=1, projection_lr=0.0)
     # The scores are taken once, after the last step: nothing is chosen by them.
     settings = dataclasses.replace(settings, evaluate_every=settings.steps)
-    learner, records = train_task(model, tokenizer, data.pairs[language], data.tests[language], settings)
-    scores = learner.task.scores(data.tests[language], learner.predict(data.tests[language]), language)
+    tests = data.tests[RETRIEVAL][language]
+    learner, records = train_task(model, tokenizer, data.pairs[language], tests, settings)
+    scores = learner.task.scores(tests, learner.predict(tests), language)
     return {
         "scores": scores,
         "records": records,
@@ -234,7 +244,8 @@ def _key(run: Planned | dict) -> tuple:
     return tuple(get(name) for name in Planned._fields)
 
 
-def _done(results: Path) -> set[tuple]:
+def _done(results: Path, task: str) -> set[tuple]:
     if not results.is_file():
         return set()
-    return {_key(json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()}
+    records = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    return {_key(record) for record in records if record["task"] == task}

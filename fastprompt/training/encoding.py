@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastprompt._extras import require
 from fastprompt._files import cache_folder
 from fastprompt.models import PromptModel
-from fastprompt.models.families import ENCODERS
+from fastprompt.models.families import DECODERS, ENCODERS
 from fastprompt.models.packed import PackedBackbone
 
 from .cache import cached
@@ -21,12 +21,14 @@ _BATCH = 32  # sentences of a pass without gradients
 _CACHE_FORMAT = 2  # raised when the same content would give other tensors
 
 
-def load_backbone(name: str, device: str | torch.device = "cpu", *, causal: bool = False) -> tuple[nn.Module, Callable]:
+def load_backbone(
+    name: str, device: str | torch.device = "cpu", *, causal_head: bool = False
+) -> tuple[nn.Module, Callable]:
     """A base model in float32, in evaluation mode, and its tokenizer.
 
     Args:
         name: a folder as `save_pretrained` writes it, or a model's name on the hub.
-        causal: with the head of a causal language model.
+        causal_head: a causal language model comes with its head.
 
     Raises:
         ValueError: it cannot be loaded, or has no tokenizer.
@@ -36,6 +38,7 @@ def load_backbone(name: str, device: str | torch.device = "cpu", *, causal: bool
         config = transformers.AutoConfig.from_pretrained(name)
         # The pooler of an encoder reads one row and is often not in the weights: no vector here comes from it.
         options = {"add_pooling_layer": False} if config.model_type in ENCODERS else {}
+        causal = causal_head and config.model_type in DECODERS
         kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         model = kind.from_pretrained(name, dtype=torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

@@ -100,7 +100,7 @@ def train(
         run.save_state(step, {name: p.detach().cpu() for name, p in trained.items()}, optimizer.state_dict())
         learner.save(out)
         if run.records:
-            run.summarise(len(steps))
+            run.summarise(len(steps), stopped=step < len(steps))
         saved = step
 
     if step:

@@ -76,11 +76,14 @@ class Run:
         """Write all records anew."""
         write_text(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.records))
 
-    def summarise(self, planned: int) -> dict:
-        """Write and return steps, done and planned, last loss, median seconds of a step, and peak memory in MiB."""
+    def summarise(self, planned: int, stopped: bool) -> dict:
+        """Write and return steps, done and planned, whether the user stopped it, last loss, median seconds of a step,
+        and peak memory in MiB.
+        """
         summary = {
             "steps": len(self.records),
             "planned_steps": planned,
+            "stopped": stopped,
             "loss": self.records[-1]["loss"],
             "seconds_per_step": seconds_per_step([record["seconds"] for record in self.records]),
             "peak_memory_mb": peak_memory_mb(),

@@ -118,9 +118,9 @@ def train_task(
             weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
             best.update(score=score, step=len(records), weights=weights)
 
-    total = config.alignment_first + config.steps
+    total, out_of_patience = config.alignment_first + config.steps, False
     with stop_on_signal() as stopped:
-        while len(records) < total and not stopped():
+        while len(records) < total and not stopped() and not out_of_patience:
             step, start = len(records), time.perf_counter()
             fitting = step >= config.alignment_first
             labelled = _batch(config.seed, "task", step - config.alignment_first, config.batch_size, len(items))
@@ -151,13 +151,12 @@ def train_task(
                 weights = {name: parameter.detach().cpu() for name, parameter in trained.items()}
                 run.save_state(len(records), weights, optimizer.state_dict(), best=best)
                 run.write_records()
-            if evaluated and _out_of_patience(records, best["step"], config):
-                break
+            out_of_patience = evaluated and _out_of_patience(records, best["step"], config)
     if best["weights"]:
         learner.load_state_dict(best["weights"], strict=False)
     if run is not None and records:
         learner.save(run.folder)
-        run.summarise(total)
+        run.summarise(total, stopped=len(records) < total and not out_of_patience)
         run.draw()
     return learner, records
 
