@@ -1,5 +1,6 @@
 """Labelled data made without labels: cloze questions, pairs of paraphrases, code-switched text."""
 
+import math
 import random
 import re
 from collections import Counter
@@ -106,8 +107,8 @@ def paraphrase_pairs(
     A sentence with its translation or, given a lexicon, with its own code-switched version is a positive example.
     For a negative one, one of the two gives way to its like of another meaning: alternately the sentence with two
     numbers, names or content words exchanged, after PAWS (Zhang et al., 2019), and the sentence of `pairs` that shares
-    most words with it. Where the exchange can be made on both sides, sentences with it are in positive examples as
-    often as in negative ones, so that the sentences, taken singly, do not tell the label.
+    most words with it, rare ones foremost. Where the exchange can be made on both sides, sentences with it are in
+    positive examples as often as in negative ones, so that the sentences, taken singly, do not tell the label.
 
     Args:
         pairs: parallel sentences; each gives at most one positive and one negative example, labels are ignored.
@@ -150,6 +151,11 @@ class _Couples:
         for index, bag in enumerate(self._bags):
             for word in bag:
                 self._having.setdefault(word, []).append(index)
+        # Integers, as sums of them do not depend on the order.
+        self._weight = {
+            word: round(1000 * math.log(1 + len(pairs) / len(having))) for word, having in self._having.items()
+        }
+        self._heavy = [sum(self._weight[word] for word in bag) for bag in self._bags]
 
     def couple(self, index: int) -> tuple[tuple[str, str], tuple[str, str]] | None:
         """A positive and a negative example, or None if none can be made of this pair."""
@@ -224,11 +230,14 @@ class _Couples:
         return found[0] if len(found) == 1 else None
 
     def _nearest(self, index: int) -> tuple[str, str] | None:
-        """Of the pairs that surely mean something else, the one whose sentence shares most words with this one's."""
-        shared = Counter(other for word in sorted(self._bags[index]) for other in self._having[word])
+        """The pair whose sentence shares most words with this one's, by their weight, but not nearly all."""
+        shared: Counter[int] = Counter()
+        for word in sorted(self._bags[index]):
+            for other in self._having[word]:
+                shared[other] += self._weight[word]
         best, most = None, 0.0
         for other, both in shared.items():
-            likeness = both / (len(self._bags[index]) + len(self._bags[other]) - both)
+            likeness = both / (self._heavy[index] + self._heavy[other] - both)
             if most < likeness <= _NEAR and self._pairs[other].target != self._pairs[index].target:
                 best, most = other, likeness
         return None if best is None else self._pairs[best][:2]
