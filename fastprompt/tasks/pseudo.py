@@ -165,7 +165,7 @@ class _Couples:
                 continue
             source, target = self._pairs[index][:2]
             changed, changed_target = other
-            if self._lexicon and self._rng.random() < 0.5:
+            if self._lexicon and (changed_target is None or self._rng.random() < 0.5):
                 fraction = self._rng.uniform(0.2, 0.8)
                 switched, changed_switched = (
                     code_switch(text, self._lexicon, fraction, self._rng) for text in (source, changed)
@@ -178,7 +178,7 @@ class _Couples:
                 if way == self._exchanged:
                     positive.append((changed, changed_target))
             same, different = self._unseen(positive), self._unseen(negative)
-            if same and different:
+            if same and different and {*same} != {*different}:
                 self._seen |= {frozenset(same), frozenset(different)}
                 self._made[way] += 1
                 return same, different
@@ -206,9 +206,10 @@ class _Couples:
         self._rng.shuffle(choices)
         for one, two in choices:
             there = [self._place(target, source[unit.start : unit.end]) for unit in (one, two)]
-            if None not in there and there[0] != there[1]:
+            if None not in there:
                 first, second = sorted(there)
-                return _exchange(source, one[:2], two[:2]), _exchange(target, first, second)
+                if first[1] <= second[0]:  # else one is part of the other
+                    return _exchange(source, one[:2], two[:2]), _exchange(target, first, second)
         one, two = choices[0]
         return _exchange(source, one[:2], two[:2]), None
 
@@ -293,7 +294,7 @@ def _switches(text: str, lexicon: Mapping[str, str], fraction: float, rng: rando
         word = text[start:end]
         other = lexicon.get(word_key(word))
         if other is not None and word_key(other) != word_key(word) and rng.random() < fraction:
-            switches.append((start, end, other[0].title() + other[1:] if word[0].isupper() else other))
+            switches.append((start, end, other[:1].title() + other[1:] if word[0].isupper() else other))
     return switches
 
 

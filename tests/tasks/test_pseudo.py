@@ -135,6 +135,24 @@ def test_exchanged_sentences_do_not_tell_the_label():
     assert labels[0] and labels[1]
 
 
+def test_names_within_each_other_are_not_exchanged_in_the_translation():
+    pairs = [Pair("So York went on to see York City again", "Dann sah er York City"), Pair("Then he went on", "Ja")]
+    corpus = [Pair("so in York", "er"), Pair("so in City", "sie")] * 9
+    examples = [example for seed in range(20) for example in paraphrase_pairs(pairs + corpus, 4, seed)]
+    texts = {text for example in examples for text in example[1:3]}
+    assert "So York City went on to see York again" in texts
+    assert {text for text in texts if text.startswith("Dann")} == {"Dann sah er York City"}
+
+
+def test_with_a_lexicon_exchanged_sentences_are_in_positives_too():
+    pairs = [pair._replace(target=f"Satz {number}") for number, pair in enumerate(PAIRS)]
+    examples = paraphrase_pairs(pairs, 60, 0, {"beat": "schlug", "points": "Punkten", "final": "Endspiel"})
+    switched = [each for each in examples if "Satz" not in each.sentence1 + each.sentence2]
+    assert all((facts(each.sentence1) == facts(each.sentence2)) == each.label for each in switched)
+    originals = [facts(pair.source) for pair in pairs]
+    assert {each.label for each in switched if facts(each.sentence1) not in originals} == {0, 1}
+
+
 def test_nearest_shares_most_words():
     pairs = [Pair("a red fox sleeps in here", "A"), Pair("a red fox sits in there", "B"), Pair("some other words", "C")]
     for _, one, two, label in paraphrase_pairs(pairs, 2, seed=0) * 9:
