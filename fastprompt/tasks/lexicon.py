@@ -21,7 +21,7 @@ def learn_lexicon(pairs: Sequence[Pair], iterations: int = 5, threshold: float =
         pairs: parallel sentences; some hundreds give the frequent words only.
         iterations: of expectation maximisation.
         threshold: 0 to 1; the least share of the occurrences of both words at which they must be aligned. Words seen
-            together in one pair alone are kept only if they are the same (numbers, names).
+            together in one pair alone are left out.
 
     Returns:
         source word, in lower case -> target word, spelt as it mostly is within sentences; a Chinese character or kana
@@ -55,6 +55,8 @@ def learn_lexicon(pairs: Sequence[Pair], iterations: int = 5, threshold: float =
         )
         source_start, target_start = source_start + rows, target_start + columns
     source, target, source_place, target_place = torch.cat(cells, 1)
+    if len(source) == 0:  # signs only
+        return {}
     both, kind = torch.unique(source * len(target_words) + target, return_inverse=True)
     source_kind, target_kind = both // len(target_words), both % len(target_words)
     posterior = _posterior(kind, source_kind, target_place, target, iterations)
@@ -72,7 +74,7 @@ def learn_lexicon(pairs: Sequence[Pair], iterations: int = 5, threshold: float =
     lexicon = {}
     for index in kept.nonzero().flatten().tolist():
         word, translation = source_words[source_kind[index]], target_words[target_kind[index]]
-        if together[index] > 1 or word == translation:
+        if together[index] > 1:
             around = _follow(translation, before)[::-1], _follow(translation, after)
             lexicon.setdefault(word, "".join([*around[0], spelling[translation], *around[1]]))
     return lexicon
@@ -135,9 +137,9 @@ def _neighbours(texts: list[str]) -> tuple[dict[str, str], dict[str, str]]:
                 two[text[first], text[start]] += 1
     before, after = {}, {}
     for (first, second), together in two.items():
-        if together > 1 and together > 0.6 * count[second]:
+        if together > 2 and together > 0.6 * count[second]:
             before[second] = first
-        if together > 1 and together > 0.6 * count[first]:
+        if together > 2 and together > 0.6 * count[first]:
             after[first] = second
     return before, after
 

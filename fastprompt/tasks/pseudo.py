@@ -1,5 +1,6 @@
 """Labelled data made without labels: cloze questions, pairs of paraphrases, code-switched text."""
 
+import math
 import random
 import re
 from collections import Counter
@@ -106,8 +107,8 @@ def paraphrase_pairs(
     A sentence with its translation or, given a lexicon, with its own code-switched version is a positive example.
     For a negative one, one of the two gives way to its like of another meaning: alternately the sentence with two
     numbers, names or content words exchanged, after PAWS (Zhang et al., 2019), and the sentence of `pairs` that shares
-    most words with it. Where the exchange can be made on both sides, sentences with it are in positive examples as
-    often as in negative ones, so that the sentences, taken singly, do not tell the label.
+    most words with it, rare ones foremost. Where the exchange can be made on both sides, sentences with it are in
+    positive examples as often as in negative ones, so that the sentences, taken singly, do not tell the label.
 
     Args:
         pairs: parallel sentences; each gives at most one positive and one negative example, labels are ignored.
@@ -150,6 +151,11 @@ class _Couples:
         for index, bag in enumerate(self._bags):
             for word in bag:
                 self._having.setdefault(word, []).append(index)
+        # Integers, as sums of them do not depend on the order.
+        self._weight = {
+            word: round(1000 * math.log(1 + len(pairs) / len(having))) for word, having in self._having.items()
+        }
+        self._heavy = [sum(self._weight[word] for word in bag) for bag in self._bags]
 
     def couple(self, index: int) -> tuple[tuple[str, str], tuple[str, str]] | None:
         """A positive and a negative example, or None if none can be made of this pair."""
@@ -159,7 +165,7 @@ class _Couples:
                 continue
             source, target = self._pairs[index][:2]
             changed, changed_target = other
-            if self._lexicon and self._rng.random() < 0.5:
+            if self._lexicon and (changed_target is None or self._rng.random() < 0.5):
                 fraction = self._rng.uniform(0.2, 0.8)
                 switched, changed_switched = (
                     code_switch(text, self._lexicon, fraction, self._rng) for text in (source, changed)
@@ -172,7 +178,7 @@ class _Couples:
                 if way == self._exchanged:
                     positive.append((changed, changed_target))
             same, different = self._unseen(positive), self._unseen(negative)
-            if same and different:
+            if same and different and {*same} != {*different}:
                 self._seen |= {frozenset(same), frozenset(different)}
                 self._made[way] += 1
                 return same, different
@@ -200,9 +206,10 @@ class _Couples:
         self._rng.shuffle(choices)
         for one, two in choices:
             there = [self._place(target, source[unit.start : unit.end]) for unit in (one, two)]
-            if None not in there and there[0] != there[1]:
+            if None not in there:
                 first, second = sorted(there)
-                return _exchange(source, one[:2], two[:2]), _exchange(target, first, second)
+                if first[1] <= second[0]:  # else one is part of the other
+                    return _exchange(source, one[:2], two[:2]), _exchange(target, first, second)
         one, two = choices[0]
         return _exchange(source, one[:2], two[:2]), None
 
@@ -224,11 +231,14 @@ class _Couples:
         return found[0] if len(found) == 1 else None
 
     def _nearest(self, index: int) -> tuple[str, str] | None:
-        """Of the pairs that surely mean something else, the one whose sentence shares most words with this one's."""
-        shared = Counter(other for word in sorted(self._bags[index]) for other in self._having[word])
+        """The pair whose sentence shares most words with this one's, by their weight, but not nearly all."""
+        shared: Counter[int] = Counter()
+        for word in sorted(self._bags[index]):
+            for other in self._having[word]:
+                shared[other] += self._weight[word]
         best, most = None, 0.0
         for other, both in shared.items():
-            likeness = both / (len(self._bags[index]) + len(self._bags[other]) - both)
+            likeness = both / (self._heavy[index] + self._heavy[other] - both)
             if most < likeness <= _NEAR and self._pairs[other].target != self._pairs[index].target:
                 best, most = other, likeness
         return None if best is None else self._pairs[best][:2]
@@ -284,7 +294,7 @@ def _switches(text: str, lexicon: Mapping[str, str], fraction: float, rng: rando
         word = text[start:end]
         other = lexicon.get(word_key(word))
         if other is not None and word_key(other) != word_key(word) and rng.random() < fraction:
-            switches.append((start, end, other[0].title() + other[1:] if word[0].isupper() else other))
+            switches.append((start, end, other[:1].title() + other[1:] if word[0].isupper() else other))
     return switches
 
 

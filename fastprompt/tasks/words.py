@@ -56,11 +56,11 @@ class Corpus:
                     self._capital[word_key(text[start:end])] += not begins_sentence(text, start)
                 elif not text[start].isdecimal():
                     self._small[word_key(text[start:end])] += 1
-        self._share: dict[str, float] = {}  # of running text, of a word and all that are more frequent
+        self._share: dict[str, float] = {}  # of running text: all the words that are more frequent
         done = 0
         for word, count in sorted(self._small.items(), key=lambda item: (-item[1], item[0])):
-            done += count
             self._share[word] = done / self._small.total() if count > 2 else 1.0
+            done += count
 
     def units(self, text: str) -> list[Unit]:
         """The numbers, names and content words of `text`, in order; such as stand side by side are one, if short."""
@@ -86,14 +86,15 @@ class Corpus:
         if word[0].isupper():
             return "name" if len(word) > 1 and self._capital[key] > self._small[key] else ""
         kind = "plain" if key != word.upper() else "word"
-        return kind if self._share.get(key, 1.0) > _FUNCTION_WORDS[kind] and (kind == "word" or len(word) > 3) else ""
+        return kind if self._share.get(key, 1.0) >= _FUNCTION_WORDS[kind] and (kind == "word" or len(word) > 3) else ""
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
     """Start and end of each word of `text`, in order.
 
-    A word is a run of letters and digits with the combining marks and joiners in it, the apostrophes (but 's is
-    a word), between letters hyphens and between digits points, commas and colons; a Chinese character or kana is a word of its own.
+    A word is a run of letters and digits with the combining marks and joiners in it, apostrophes (but 's is a word),
+    between letters hyphens and between digits points, commas and colons. A Chinese character or kana is a word of its
+    own.
     """
     plain = re.sub(r"[^\w\s]", lambda found: _MARK if unicodedata.category(found[0])[0] == "M" else found[0], text)
     return [found.span() for found in _WORD.finditer(plain)]
