@@ -11,6 +11,7 @@ from fastprompt.tasks.data import TASKS
 from .encoding import POOLINGS
 
 RETRIEVAL = "retrieval"  # no labels: examples are pairs, and train the alignment alone
+FORMS = ("sentence", "task")
 SCHEDULES = ("constant", "linear")
 
 
@@ -30,6 +31,10 @@ class TaskConfig:
         examples: labelled examples to train on, drawn from those given. None: all.
         alignment: weight of the alignment loss beside the task's; 0 for none.
         alignment_schedule: that weight is "constant" or falls on a line to 0 ("linear").
+        alignment_form: each "sentence" of a pair is an input, as its partner was for the teacher; or in the form of the
+            "task": sentences stand where the task has its two texts, each in either language by chance, and the rows
+            of each are drawn to its teacher's vector. For span answers: one sentence is the question, and some, that
+            one among them, are the context.
         alignment_first: steps at the beginning in which there is the alignment loss alone, added to `steps`.
         alignment_batch_size: pairs of a step.
         distance, temperature: of the alignment loss, as in `fastprompt.ops.alignment_loss`.
@@ -58,6 +63,7 @@ class TaskConfig:
     stride: int = 128
     examples: int | None = None
     alignment: float = 0.0
+    alignment_form: str = "sentence"
     alignment_schedule: str = "constant"
     alignment_first: int = 0
     alignment_batch_size: int = 16
@@ -78,6 +84,7 @@ class TaskConfig:
             ("task", (*TASKS, RETRIEVAL)),
             ("method", METHODS),
             ("pooling", POOLINGS),
+            ("alignment_form", FORMS),
             ("alignment_schedule", SCHEDULES),
         ):
             if getattr(self, name) not in allowed:

@@ -15,7 +15,7 @@ from fastprompt.nn.pooling import pool
 from .encoding import tokenize
 from .generated import GeneratedAnswers
 from .task_config import RETRIEVAL, TaskConfig
-from .tasks import Item, PairClassification, Retrieval, SpanAnswers, Task, Verbaliser, inputs_of
+from .tasks import Aligned, Item, PairClassification, Retrieval, SpanAnswers, Task, Verbaliser, inputs_of
 
 TRAINED = "trained.safetensors"
 
@@ -77,22 +77,35 @@ class TaskLearner(nn.Module):
         return groups
 
     def loss(
-        self, items: Sequence[Item], sentences: Sequence[list[int]] = (), teacher: Tensor | None = None
+        self, items: Sequence[Item], aligned: Sequence[Aligned] = (), teacher: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """ "task" of N labelled inputs and "alignment" of M sentences with the vectors (M, D) of their partners.
+        """ "task" of labelled inputs and "alignment" of parts of others with their teacher's vectors.
 
         Either may be none. Both share one packed pass.
+
+        Args:
+            items: labelled inputs.
+            aligned: inputs of the alignment.
+            teacher: (N, D) vectors of all pairs.
         """
-        batch = [*items, *(Item(ids, len(ids), None) for ids in sentences)]
+        batch = [*items, *(each.item for each in aligned)]
         inputs = inputs_of(batch, self.device, self.adapted)
         hidden, mask = self.adapted(**inputs), inputs["attention_mask"]
-        parts = {}
+        losses = {}
         if items:
-            parts["task"] = self.task.loss(hidden[: len(items)], mask[: len(items)], items)
-        if sentences:
-            student = pool(hidden[len(items) :], self.config.pooling, mask[len(items) :])
-            parts["alignment"] = self.alignment(student, teacher)
-        return parts
+            losses["task"] = self.task.loss(hidden[: len(items)], mask[: len(items)], items)
+        if aligned:
+            columns = hidden.shape[1]
+            parts = [
+                (n * columns + begin, n * columns + end, pair)
+                for n, each in enumerate(aligned, len(items))
+                for begin, end, pair in each.parts
+            ]
+            rows = torch.cat([torch.arange(begin, end) for begin, end, _ in parts]).to(self.device)
+            bounds = torch.tensor([0, *(end - begin for begin, end, _ in parts)]).cumsum(0).int().to(self.device)
+            student = pool(hidden.flatten(0, 1)[rows], self.config.pooling, cu_seqlens=bounds)
+            losses["alignment"] = self.alignment(student, teacher[[pair for _, _, pair in parts]])
+        return losses
 
     def predict(self, examples: Sequence) -> dict:
         """Predictions by the example's id."""

@@ -20,6 +20,7 @@ from .run import Run
 from .sampler import shuffled
 from .task_config import RETRIEVAL, TaskConfig
 from .task_learner import TaskLearner
+from .tasks import Aligned, Item
 
 
 def train_task(
@@ -124,13 +125,13 @@ def train_task(
             step, start = len(records), time.perf_counter()
             fitting = step >= config.alignment_first
             labelled = _batch(config.seed, "task", step - config.alignment_first, config.batch_size, len(items))
-            aligned = _batch(config.seed, "alignment", step, config.alignment_batch_size, len(pairs))
+            chosen = _batch(config.seed, "alignment", step, config.alignment_batch_size, len(pairs))
             weight = _weight(step - config.alignment_first, config)
-            parts = learner.loss(
-                [items[n] for n in labelled] if fitting else [],
-                [target[n] for n in aligned],
-                None if teacher is None else teacher[aligned],
-            )
+            if config.alignment_form == "task":
+                aligned = learner.task.align(pairs, chosen, random.Random(f"{config.seed} {step}"))
+            else:
+                aligned = [Aligned(Item(target[n], len(target[n]), None), [(0, len(target[n]), n)]) for n in chosen]
+            parts = learner.loss([items[n] for n in labelled] if fitting else [], aligned, teacher)
             loss = sum(part * (weight if name == "alignment" else 1.0) for name, part in parts.items())
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _rate(step, total)

@@ -1,5 +1,6 @@
 """What a task asks of a backbone's hidden states: its inputs, its head, its loss, its predictions and its scores."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from fastprompt.tasks.windows import Window, best_answers, windows
 
 from .encoding import batch_of
 
+SENTENCES = 5  # of a context made for the alignment
+
 
 class Item(NamedTuple):
     """An input of the backbone.
@@ -31,6 +34,18 @@ class Item(NamedTuple):
     ids: list[int]
     second: int
     target: object
+
+
+class Aligned(NamedTuple):
+    """An input of the alignment: of each of its parts, rows [begin, end), the pair whose teacher's vector it is to get.
+
+    Attributes:
+        item: the input.
+        parts: (begin, end, pair).
+    """
+
+    item: Item
+    parts: list[tuple[int, int, int]]
 
 
 class Task(nn.Module):
@@ -49,6 +64,10 @@ class Task(nn.Module):
     def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
         """Mean loss of hidden states (B, L, D) of items, with mask (B, L)."""
         raise NotImplementedError
+
+    def align(self, pairs: Sequence[Pair], chosen: Sequence[int], rng: random.Random) -> list[Aligned]:
+        """Inputs of the alignment in the task's form, made of the chosen pairs."""
+        raise ValueError(f"alignment_form must be 'sentence' for {type(self).__name__}, got 'task'")
 
     def predict(self, model: Callable, examples: Sequence, batch_size: int = 16) -> dict:
         """Predictions by the example's id; `model` gives hidden states (B, L, D) for a batch."""
@@ -83,6 +102,33 @@ def inputs_of(items: Sequence[Item], device, model: nn.Module) -> dict[str, Tens
     return inputs
 
 
+def joined(
+    tokenizer: Callable,
+    texts: Sequence[Sequence[tuple[str, int]]],
+    prefix_text: str,
+    max_length: int,
+) -> Aligned:
+    """An input of two texts, each of sentences with the number of their pair; what is beyond `max_length` is cut."""
+    bounds: list[list[tuple[int, int, int]]] = []
+    whole = []
+    for text, before in zip(texts, (prefix_text, ""), strict=True):
+        bounds.append([])
+        for sentence, pair in text:
+            bounds[-1].append((len(before), len(before) + len(sentence), pair))
+            before += sentence + " "
+        whole.append(before[:-1])
+    encoded = tokenizer(*whole, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    sides, offsets = encoded.sequence_ids(0), encoded["offset_mapping"]
+    parts = []
+    for side, sentences in enumerate(bounds):
+        for begin, end, pair in sentences:
+            rows = [n for n, (a, b) in enumerate(offsets) if sides[n] == side and a < end and b > begin]
+            if rows:
+                parts.append((rows[0], rows[-1] + 1, pair))
+    ids = encoded["input_ids"]
+    return Aligned(Item(ids, sides.index(1) if 1 in sides else len(ids), None), parts)
+
+
 class PairClassification(Task):
     """PAWS-X with an encoder: both sentences in one input, a linear head on a pooled vector.
 
@@ -113,6 +159,14 @@ class PairClassification(Task):
             sides = encoded.sequence_ids(n)
             items.append(Item(ids, sides.index(1) if 1 in sides else len(ids), example.label))
         return items
+
+    def align(self, pairs: Sequence[Pair], chosen: Sequence[int], rng: random.Random) -> list[Aligned]:
+        """Pairs two by two, each in either language."""
+        made = []
+        for n in range(0, len(chosen) - 1, 2):
+            texts = [[(rng.choice(pairs[pair][:2]), pair)] for pair in chosen[n : n + 2]]
+            made.append(joined(self.tokenizer, texts, self.prefix_text, self.max_length))
+        return made
 
     def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
         return self.head(pool(hidden, self.pooling, mask))
@@ -196,6 +250,17 @@ class SpanAnswers(Task):
     def encode(self, examples: Sequence[Question]) -> list[Item]:
         found = self.windows(examples)
         return [Item(window.ids, window.first, window) for window in found if window.answer is not None]
+
+    def align(self, pairs: Sequence[Pair], chosen: Sequence[int], rng: random.Random) -> list[Aligned]:
+        """Contexts of some sentences; one of them, perhaps in the other language, is the question."""
+        made = []
+        for n in range(0, len(chosen), SENTENCES):
+            group = chosen[n : n + SENTENCES]
+            context = [(rng.choice(pairs[pair][:2]), pair) for pair in group]
+            asked = rng.choice(group)
+            question = [(rng.choice(pairs[asked][:2]), asked)]
+            made.append(joined(self.tokenizer, [question, context], self.prefix_text, self.max_length))
+        return made
 
     def logits(self, hidden: Tensor, items: Sequence[Item]) -> Tensor:
         """(B, L, 2), -inf at rows that cannot be of an answer."""
