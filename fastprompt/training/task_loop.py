@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -120,7 +121,8 @@ def train_task(
             best.update(score=score, step=len(records), weights=weights)
 
     total, out_of_patience = config.alignment_first + config.steps, False
-    with stop_on_signal() as stopped:
+    # Where nothing is kept, half a run is worth nothing: it ends as any program does.
+    with stop_on_signal() if run is not None else nullcontext(lambda: False) as stopped:
         while len(records) < total and not stopped() and not out_of_patience:
             step, start = len(records), time.perf_counter()
             fitting = step >= config.alignment_first
