@@ -30,7 +30,8 @@ class StudyConfig:
             the backbone as it is.
         examples: numbers of labelled examples; "all" for all.
         seeds: of what is random in a run.
-        parallel: files of parallel text, as `fastprompt.tasks.parallel.read_pairs` takes them; language -> file.
+        parallel: language -> parallel text: a file, as `fastprompt.tasks.parallel.read_pairs` takes it, or {"pawsx",
+            "split"}: data and split of PAWS-X, whose rows are translations of each other; labels are not read.
         parallel_test: pairs of each of those files that are kept for the scores (retrieval).
         also: task -> {"data", "languages", "split"}: of another task of the same kind, scored with the same runs.
         test_limit: score so many examples of each language, evenly spread. None: all.
@@ -55,7 +56,7 @@ class StudyConfig:
     methods: Sequence[str] = ("head", "full", "lora", "prompt", "prefix", "prefix+alignment")
     examples: Sequence[int | str] = (8, 16, 32, 64, 128, 256, "all")
     seeds: Sequence[int] = (0, 1, 2)
-    parallel: dict[str, str] = field(default_factory=dict)
+    parallel: dict[str, str | dict] = field(default_factory=dict)
     parallel_test: int = 200
     also: dict[str, dict] = field(default_factory=dict)
     test_limit: int | None = None
@@ -88,6 +89,9 @@ class StudyConfig:
         unknown = set(self.method_settings) - set(self.methods)
         if unknown:
             raise ValueError(f"method_settings must be of {list(self.methods)}, got {sorted(unknown)}")
+        for place in self.parallel.values():
+            if not isinstance(place, str) and (not isinstance(place, dict) or place.keys() != {"pawsx", "split"}):
+                raise ValueError(f"parallel must be a file, or have pawsx and split, for each language, got {place!r}")
         for task, about in self.also.items():
             if {task, self.task} != {"xquad", "mlqa"} or about.keys() != {"data", "languages", "split"}:
                 raise ValueError(f"also must be mlqa beside xquad or the other way round, got {self.also}")

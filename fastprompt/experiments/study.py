@@ -100,7 +100,7 @@ def run_study(
 
 def read_data(config: StudyConfig) -> Data:
     """Read and check all data before the first run."""
-    pairs = {language: read_pairs(file) for language, file in config.parallel.items()}
+    pairs = {language: _pairs(config.source, language, place) for language, place in config.parallel.items()}
     if config.task == RETRIEVAL:
         tests, train = {}, {}
         for language, each in pairs.items():
@@ -116,6 +116,18 @@ def read_data(config: StudyConfig) -> Data:
         task: _tests(task, config.test_limit, **about) for task, about in {config.task: own, **config.also}.items()
     }
     return Data(train, validation, tests, [pair for each in pairs.values() for pair in each])
+
+
+def _pairs(source: str, language: str, place: str | dict) -> list[Pair]:
+    if isinstance(place, str):
+        return read_pairs(place)
+    # PAWS-X's first sentences: its ids tell which is the translation of which.
+    first, other = (read_examples("pawsx", place["pawsx"], each, place["split"]) for each in (source, language))
+    english = {example.id: example.sentence1 for example in first}
+    pairs = [Pair(english[example.id], example.sentence1) for example in other if example.id in english]
+    if len(pairs) < len(other) // 2:
+        raise ValueError(f"parallel of {language} must have the ids of {source}: {len(pairs)} of {len(other)} do")
+    return pairs
 
 
 def _tests(task: str, limit: int | None, data: str, languages: Sequence[str], split: str) -> dict[str, Sequence]:
