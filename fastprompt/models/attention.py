@@ -1,7 +1,7 @@
 """The attention function that transformers' models call, and what one packed pass hands to it.
 
 Registered as "fastprompt" in both of transformers' interfaces (with the first alone, padding would be ignored). A call
-that carries no packed pass, such as the teacher's or generate's, goes to transformers' own `sdpa`.
+that carries no pass, such as stock training's, goes to transformers' own `sdpa`.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fastprompt.ops import prefix_attention
+
+from .generation import GenerationPass
 
 NAME = "fastprompt"
 
@@ -74,6 +76,29 @@ class PackedPass:
         )
         return torch.cat([own, text])
 
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, None]:
+        """As the function of this name, of a batch (1, ..., R, D) that is packed; its mask is not read."""
+        output = self.attend(
+            module.layer_idx,
+            *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+            dropout_p=dropout,
+        )
+        return output.unsqueeze(0), None
+
 
 def attention(
     module: nn.Module,
@@ -85,28 +110,14 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    fastprompt_pass: PackedPass | None = None,
+    fastprompt_pass: PackedPass | GenerationPass | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (B, H, L, D), key and value (B, Hkv, S, D) -> (B, L, H, D), None."""
+    options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
     if fastprompt_pass is None:
-        return sdpa_attention_forward(
-            *(module, query, key, value, attention_mask),
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            **kwargs,
-        )
-    output = fastprompt_pass.attend(
-        module.layer_idx,
-        *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        dropout_p=dropout,
-    )
-    return output.unsqueeze(0), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
+    return fastprompt_pass.attention(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(NAME, attention)

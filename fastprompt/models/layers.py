@@ -16,6 +16,8 @@ from fastprompt.ops.gated import gated
 from fastprompt.ops.rms_norm import rms_norm
 from fastprompt.ops.rotary import rotary
 
+from .attention import PackedPass
+
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of a configuration, and the operator's
 
 
@@ -94,7 +96,7 @@ class _Attention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         packed_pass = kwargs.get("fastprompt_pass")
-        if packed_pass is None or not _fits(hidden_states):
+        if not isinstance(packed_pass, PackedPass) or not _fits(hidden_states):
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         rows = hidden_states.squeeze(0)  # (R, E)
         heads = len(rows), -1, self.head_dim

@@ -12,6 +12,7 @@ from fastprompt.nn import Prefix, Prompt
 from . import checkpoint
 from .adapters import Adapters
 from .config import PromptConfig
+from .generation import generate
 from .initial import chosen_layers, new_prompt
 from .packed import PackedBackbone
 
@@ -106,6 +107,20 @@ class PromptModel(nn.Module):
             adapters=self.adapters,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def generate(self, *, prompt_ids: Tensor | Sequence[str] | None = None, **inputs):
+        """What the backbone's own `generate` gives, with a prompt before each text.
+
+        The cache holds the text alone, and the prompt is read in place in every layer.
+
+        Args:
+            prompt_ids: as of `forward`.
+            inputs: of transformers' generate: input_ids (padded on the left), attention_mask, max_new_tokens, ...
+
+        Raises:
+            ValueError: the backbone is no causal language model with its head, or shared_prefix_ids is given.
+        """
+        return generate(self.backbone, self, prompt_ids, **inputs)
 
     def _bank(self, prompt_ids: Tensor | Sequence[str] | None) -> dict:
         """What a packed pass takes of the prompts: those that the batch reads, and which of them each sample reads."""

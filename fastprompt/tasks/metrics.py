@@ -115,6 +115,15 @@ def _mlqa_tokens(text: str, language: str) -> list[str]:
     return text.split()
 
 
+def answer_scores(
+    task: str, questions: Sequence[Question], predictions: Mapping[str, str], language: str
+) -> dict[str, float]:
+    """`mlqa_scores` for "mlqa", for "xquad" `squad_scores`, which are the same in every language."""
+    if task == "mlqa":
+        return mlqa_scores(questions, predictions, language)
+    return squad_scores(questions, predictions)
+
+
 def _answer_scores(
     questions: Sequence[Question], predictions: Mapping[str, str], tokens: Callable[[str], list[str]]
 ) -> dict[str, float]:

@@ -16,7 +16,7 @@ class GeneratedAnswers(Task):
 
     Args:
         tokenizer: transformers' tokenizer.
-        output: the weight (V, D) of the model's own head, a constant.
+        model: the causal language model with its head, a constant here.
         metrics: "xquad" or "mlqa": whose rules score.
         max_length: tokens of an input with its answer. Of a context that is too long the end is cut.
         max_new_tokens: of an answer.
@@ -25,30 +25,38 @@ class GeneratedAnswers(Task):
     metric = "f1"
 
     def __init__(
-        self, tokenizer: Callable, output: Tensor, metrics: str, max_length: int, max_new_tokens: int = 32
+        self, tokenizer: Callable, model: nn.Module, metrics: str, max_length: int, max_new_tokens: int = 32
     ) -> None:
         super().__init__()
         self.tokenizer, self.metrics = tokenizer, metrics
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        self.register_buffer("output", output.detach(), persistent=False)
+        self._model = (model,)  # no submodule: its weights are not the head's to train or to save
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model[0]
 
     def encode(self, examples: Sequence[Question]) -> list[Item]:
         items = []
         for question in examples:
             for answer in question.exact_answers[:1]:
-                end = [*self._ids(f" {answer.text}\n", special=False)]
-                ids = [*self._prompt(question, len(end)), *end]
+                end = self._ids(f" {answer.text}\n", special=False)
+                if self.tokenizer.eos_token_id is not None:
+                    end.append(self.tokenizer.eos_token_id)
+                ids = [*self._asked(question, len(end)), *end]
                 items.append(Item(ids, len(ids), len(end)))
         return items
 
-    def _prompt(self, question: Question, room: int) -> list[int]:
-        """Token ids of context and question that leave `room`: of a context that is too long, its beginning."""
+    def _asked(self, question: Question, room: int) -> list[int]:
+        """Token ids of context and question that leave `room` for the answer."""
         asked = self._ids(f"\nQuestion: {question.question}\nAnswer:", special=False)
         context = self._ids(question.context, special=True)
+        if context and context[-1] == self.tokenizer.eos_token_id:
+            context.pop()
         return [*context[: max(1, self.max_length - room - len(asked))], *asked]
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
         states, targets = [], []
@@ -56,8 +64,35 @@ class GeneratedAnswers(Task):
             length, answer = len(item.ids), item.target
             states.append(row[length - answer - 1 : length - 1])  # each row predicts the next token
             targets += item.ids[length - answer :]
-        states = torch.cat(states).to(self.output.dtype)
-        return linear_cross_entropy(states, self.output, torch.tensor(targets, device=hidden.device)) / len(targets)
+        weight = self.model.get_output_embeddings().weight.detach()
+        targets = torch.tensor(targets, device=hidden.device)
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        return linear_cross_entropy(torch.cat(states).to(weight.dtype), weight, targets, softcap=softcap) / len(targets)
 
     @torch.no_grad()
-    def predict(self, model: Callable, examples: Sequence[Question], batch_size: int = 8) -> dict[str, str]: ...
+    def predict(self, model: AdaptedBackbone, examples: Sequence[Question], batch_size: int = 8) -> dict[str, str]:
+        prompts = [self._asked(question, self.max_new_tokens) for question in examples]
+        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+        end = self.tokenizer.eos_token_id
+        found = {}
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin : begin + batch_size]
+            inputs = batch_of([prompts[n] for n in chosen], next(model.parameters()).device)
+            for name, rows in inputs.items():  # generate wants the padding on the left
+                longest = rows.shape[1]
+                lengths = [len(prompts[n]) for n in chosen]
+                inputs[name] = torch.stack([row.roll(longest - n) for row, n in zip(rows, lengths, strict=True)])
+            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": end or 0}
+            if model.prompted is None:
+                written = self.model.generate(**inputs, **options, stop_strings="\n", tokenizer=self.tokenizer)
+            else:
+                written = generate(
+                    self.model, model.prompted, **inputs, **options, stop_strings="\n", tokenizer=self.tokenizer
+                )
+            texts = self.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+            for n, text in zip(chosen, texts, strict=True):
+                found[examples[n].id] = text.strip().split("\n")[0].strip()
+        return {question.id: found[question.id] for question in examples}
+
+    def scores(self, examples: Sequence[Question], predictions: dict[str, str], language: str) -> dict[str, float]:
+        return answer_scores(self.metrics, examples, predictions, language)

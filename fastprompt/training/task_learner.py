@@ -34,7 +34,7 @@ class TaskLearner(nn.Module):
 
     def __init__(self, backbone: nn.Module, tokenizer: Callable, config: TaskConfig) -> None:
         super().__init__()
-        base, output = backbone.base_model, backbone.get_output_embeddings()
+        base = backbone.base_model
         device, width = next(base.parameters()).device, base.config.hidden_size
         if config.num_layers is not None:
             keep_layers(base, config.num_layers)
@@ -49,7 +49,7 @@ class TaskLearner(nn.Module):
             read = partial(tokenize, tokenizer, prefix_text=config.prefix_text, max_length=config.max_length)
             self.task = Retrieval(read, config.pooling, self.alignment)
         else:
-            self.task = _task(config, tokenizer, width, None if output is None else output.weight)
+            self.task = _task(config, tokenizer, backbone)
         self.task.requires_grad_(config.train_head)
         self.to(device)
 
@@ -136,12 +136,13 @@ class TaskLearner(nn.Module):
         self.load_state_dict(tensors, strict=False)
 
 
-def _task(config: TaskConfig, tokenizer: Callable, width: int, output: Tensor | None) -> Task:
+def _task(config: TaskConfig, tokenizer: Callable, backbone: nn.Module) -> Task:
     """The task's side: with a head of its own on an encoder, with the model's own words on a causal model."""
+    speaks, width = backbone.get_output_embeddings() is not None, backbone.config.hidden_size
     if config.task == "pawsx":
-        if output is not None:
-            return Verbaliser(tokenizer, output, config.max_length)
+        if speaks:
+            return Verbaliser(tokenizer, backbone, config.max_length)
         return PairClassification(tokenizer, width, config.pooling, config.prefix_text, config.max_length)
-    if output is not None:
-        return GeneratedAnswers(tokenizer, output, config.task, config.max_length)
+    if speaks:
+        return GeneratedAnswers(tokenizer, backbone, config.task, config.max_length)
     return SpanAnswers(tokenizer, width, config.task, config.prefix_text, config.max_length, config.stride)

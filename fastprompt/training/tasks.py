@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
-from fastprompt.tasks.metrics import accuracy, mlqa_scores, squad_scores
+from fastprompt.tasks.metrics import accuracy, answer_scores
 from fastprompt.tasks.parallel import Pair
 from fastprompt.tasks.pawsx import Example
 from fastprompt.tasks.retrieval import retrieval_scores
@@ -189,20 +189,21 @@ class Verbaliser(PairClassification):
 
     Args:
         tokenizer: transformers' tokenizer.
-        output: the weight (V, D) of the model's own head, a constant.
+        model: the causal language model with its head, a constant here.
         max_length: tokens of an input.
     """
 
     TEMPLATE = "Sentence 1: {}\nSentence 2: {}\nDo both sentences mean the same? Answer:"
     WORDS = (" No", " Yes")  # of the classes 0 and 1
 
-    def __init__(self, tokenizer: Callable, output: Tensor, max_length: int) -> None:
+    def __init__(self, tokenizer: Callable, model: nn.Module, max_length: int) -> None:
         nn.Module.__init__(self)
         self.tokenizer, self.max_length = tokenizer, max_length
         words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.WORDS]
         if words[0] == words[1]:
             raise ValueError(f"tokenizer must tell the words {self.WORDS} apart by their first token, got {words}")
-        self.register_buffer("words", output.detach()[words].clone(), persistent=False)
+        self.register_buffer("words", model.get_output_embeddings().weight.detach()[words].clone(), persistent=False)
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def encode(self, examples: Sequence[Example]) -> list[Item]:
         texts = [self.TEMPLATE.format(example.sentence1, example.sentence2) for example in examples]
@@ -213,7 +214,8 @@ class Verbaliser(PairClassification):
         return [Item(ids, len(ids), example.label) for ids, example in zip(encoded, examples, strict=True)]
 
     def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
-        return pool(hidden, "last", mask).to(self.words.dtype) @ self.words.T
+        logits = pool(hidden, "last", mask).to(self.words.dtype) @ self.words.T
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class SpanAnswers(Task):

@@ -1,0 +1,134 @@
+"""Prompts in transformers' generate: every layer reads them in place, beside a cache that holds the text alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+if TYPE_CHECKING:
+    from .prompt_model import PromptModel
+
+
+@dataclass(frozen=True)
+class GenerationPass:
+    """One call of the base model within generate, handed to every attention layer as the keyword `fastprompt_pass`.
+
+    Attributes:
+        prefix: layer index -> key and value, each (N, Hkv, P, D). A layer that is not in it has none.
+        prefix_index: (B',) which entry each sample reads; None: the first. The batch may be a multiple of it, as beams
+            make it: neighbours are of one sample.
+        positions: (B or 1, L) the rows' places in their texts.
+        prefix_in_window: the prefix slides out of a window.
+        adapters: those that act, if any.
+    """
+
+    prefix: dict[int, tuple[Tensor, Tensor]]
+    prefix_index: Tensor | None
+    positions: Tensor | None
+    prefix_in_window: bool
+    adapters: nn.ModuleList | None
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None = None,
+        **options,
+    ) -> tuple[Tensor, None]:
+        """As `fastprompt.models.attention.attention`, over the prefix and the cached text."""
+        prefix = self.prefix.get(module.layer_idx)
+        if prefix is not None:
+            (samples, _, rows, _), cached = query.shape, key.shape[2]
+            index = self.prefix_index
+            if index is None:
+                index = torch.zeros(1, dtype=torch.long, device=query.device)
+            index = index.repeat_interleave(samples // len(index))
+            key, value = (
+                torch.cat([own[index].to(text.dtype), text], 2) for own, text in zip(prefix, (key, value), strict=True)
+            )
+            if attention_mask is None:  # transformers leaves it out where it is causal and nothing is padded
+                attention_mask = torch.ones(1, 1, rows, cached, dtype=torch.bool, device=query.device)
+                attention_mask = attention_mask.tril(cached - rows)
+            seen = self._seen(rows, prefix[0].shape[2], sliding_window)
+            if attention_mask.dtype != torch.bool:
+                seen = torch.zeros_like(seen, dtype=attention_mask.dtype).masked_fill(
+                    ~seen, torch.finfo(attention_mask.dtype).min
+                )
+            seen = seen.expand(max(len(seen), len(attention_mask)), -1, -1, -1)
+            attention_mask = torch.cat([seen, attention_mask.expand(len(seen), -1, -1, -1)], 3)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def _seen(self, rows: int, length: int, window: int | None) -> Tensor:
+        """(B or 1, 1, rows, length), whether a row sees each position of the prefix."""
+        positions = self.positions[:, None, :, None]
+        place = torch.arange(-length, 0, device=positions.device)
+        if window is None or not self.prefix_in_window:
+            return torch.ones(1, 1, rows, length, dtype=torch.bool, device=positions.device)
+        return positions - place < window
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompted: "PromptModel", prompt_ids: Tensor | Sequence[str] | None = None, **inputs):
+    """What `model.generate(**inputs)` gives with a prompt before each text.
+
+    Args:
+        model: a causal language model with its head, whose base model `prompted` has.
+        prompted: prompts and adapters.
+        prompt_ids: as of `PromptModel.forward`.
+        inputs: of transformers' generate. Padding may stand on the left, as it wants it.
+
+    Raises:
+        ValueError: the model does not generate, or an argument of `PromptModel.forward` that generate has no place for.
+    """
+    if not prompted._packed.geometry.is_causal or model.get_output_embeddings() is None:
+        raise ValueError(f"generate needs a causal language model with its head, got {type(model).__name__}")
+    if "shared_prefix_ids" in inputs:
+        raise ValueError("shared_prefix_ids must not be given to generate: put that text before each input")
+    base = prompted._packed.base
+    bank = prompted._bank(prompt_ids)
+    prefix = bank.get("prefix")
+    if prefix is None:
+        prefix = _of_rows(base, bank["prompt"], prompted.adapters)
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        ids = args[0] if ids is None else ids
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = _positions(
+                ids.shape[1], kwargs.get("attention_mask"), kwargs.get("past_key_values"), ids.device
+            )
+        own = GenerationPass(
+            prefix, bank["prompt_index"], positions, prompted.config.prefix_in_window, prompted.adapters
+        )
+        return args, kwargs | {"position_ids": positions + prompted.position_offset, "fastprompt_pass": own}
+
+    hook = base.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        return model.generate(**inputs)
+    finally:
+        hook.remove()
+
+
+def _of_rows(base: nn.Module, rows: Tensor, adapters: nn.ModuleList | None) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values that prompt rows (N, P, E) have in each layer: no text comes before them."""
+    cache = DynamicCache()  # plain layers: a sliding one would cut the prompt
+    own = GenerationPass({}, None, None, False, adapters)
+    rows = rows.to(base.get_input_embeddings().weight.dtype)
+    base(inputs_embeds=rows, past_key_values=cache, fastprompt_pass=own)
+    return {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
+
+
+def _positions(rows: int, mask: Tensor | None, cache, device: torch.device) -> Tensor:
+    """Places in their texts of the last `rows` rows, (B or 1, rows)."""
+    if mask is not None and mask.ndim == 2:
+        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -rows:]
+    past = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(past, past + rows, device=device).unsqueeze(0)
