@@ -52,7 +52,9 @@ def windows(
     texts = [
         text[: spans[room - 1][1]] if len(spans) > room else text for text, spans in zip(texts, asked, strict=True)
     ]
-    longest = min(room, max(map(len, asked))) + tokenizer.num_special_tokens_to_add(pair=True)
+    # Counted again: a character of several tokens is not cut, and what is cut may have other tokens than it had.
+    longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    longest += tokenizer.num_special_tokens_to_add(pair=True)
     if stride < 0 or max_length - longest <= stride:
         raise ValueError(
             f"stride must be from 0 to below {max_length - longest}, what a max_length of {max_length} leaves for the "
