@@ -120,11 +120,11 @@ def _train_alignment(settings: dict, places: dict, out: Path, device: str | None
     from fastprompt.training import TrainingConfig
     from fastprompt.training import train as run
 
-    if "parallel" not in places:
-        raise ValueError("parallel must be given, with --parallel or in the file of --config")
     of_task = [name for name in ("data", "language", "train_split", "validation_split") if name in places]
     if of_task:
         raise ValueError(f"{', '.join(of_task)} must not be given without a task")
+    if "parallel" not in places:
+        raise ValueError("parallel must be given, with --parallel or in the file of --config")
     config = _config(TrainingConfig, settings)
     pairs = _pairs(places)
     model, tokenizer = _backbone(places["backbone"], device)
