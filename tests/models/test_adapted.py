@@ -64,7 +64,9 @@ def test_norms_and_top_layers(family, method):
 def test_adapters_train_with_a_prompt():
     adapted = AdaptedBackbone(build("bert"), "prefix", PromptConfig("prefix", 3, adapter_size=5))
     trained = names(adapted)
-    assert "prompted.prompt.weight" in trained and all("adapters" in name for name in trained - {"prompted.prompt.weight"})
+    assert "prompted.prompt.weight" in trained and all(
+        "adapters" in name for name in trained - {"prompted.prompt.weight"}
+    )
     assert len(adapted.prompt_parameters()) == 1 and len(adapted.weights()) == len(trained) - 1 > 0
 
 
