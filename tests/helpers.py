@@ -1,5 +1,6 @@
 """Small random models of every supported family, ragged batches for them, their folders, and tasks in their words."""
 
+import json
 import random
 from pathlib import Path
 
@@ -89,6 +90,21 @@ def questions(count: int, length: int = 25, seed: int = 0) -> list[Question]:
         answer = Answer(" ".join(words[place + 1 : place + 3]), len(" ".join([*words[: place + 1], ""])))
         made.append(Question(f"q{n}", words[place], " ".join(words), [answer]))
     return made
+
+
+def write_questions(file: Path, questions: list[Question]) -> None:
+    """In SQuAD's form, each with a paragraph of its own."""
+    paragraphs = []
+    for id, question, context, answers in questions:
+        answers = [{"text": answer.text, "answer_start": answer.start} for answer in answers]
+        paragraphs.append({"context": context, "qas": [{"id": id, "question": question, "answers": answers}]})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+
+
+def write_examples(file: Path, examples: list[Example]) -> None:
+    """As XTREME has PAWS-X."""
+    file.write_text("".join(f"{each.sentence1}\t{each.sentence2}\t{each.label}\n" for each in examples))
 
 
 def translations(count: int, seed: int = 0) -> list[Pair]:

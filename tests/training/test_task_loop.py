@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from helpers import paraphrases, questions, save_backbone, translations
+from helpers import paraphrases, questions, save_backbone, translations, write_examples, write_questions
 from typer.testing import CliRunner
 
 from fastprompt import cli
@@ -18,6 +18,7 @@ from fastprompt.training.task_config import TaskConfig
 from fastprompt.training.task_evaluation import evaluate_task, write_predictions
 from fastprompt.training.task_learner import TaskLearner
 from fastprompt.training.task_loop import draw, train_task
+from fastprompt.training.tasks import PairClassification
 
 SMALL = dict(num_virtual_tokens=3, max_length=40, stride=8, steps=6, batch_size=4, evaluate_every=2, lr=3e-2)
 SMALL |= dict(head_lr=1e-2)
@@ -115,10 +116,7 @@ def test_no_pair_is_its_own_rival(folder, monkeypatch):
 def scores_of(monkeypatch, values):
     """The validation score of each evaluation, instead of what it would be."""
     left = iter(values)
-    for kind in task_loop.TaskLearner.__subclasses__() or [task_loop.TaskLearner]:
-        monkeypatch.setattr(kind, "predict", lambda self, examples: {})
-    from fastprompt.training.tasks import PairClassification
-
+    monkeypatch.setattr(TaskLearner, "predict", lambda self, examples: {})
     monkeypatch.setattr(PairClassification, "scores", lambda self, *_: {"accuracy": next(left)})
 
 
@@ -154,11 +152,19 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 5, 6])
-@pytest.mark.parametrize("how", ["killed", "interrupted"])
-@pytest.mark.parametrize("form", ["sentence", "task"])
-def test_resume_gives_what_an_unbroken_run_gives(folder, tmp_path, at, how, form):
-    settings = dict(alignment=1.0, alignment_form=form, pairs=translations(7), validation=paraphrases(6, 1), steps=8)
+@pytest.mark.parametrize(
+    ("at", "how", "settings"),
+    [
+        (1, "killed", {}),
+        (1, "interrupted", {}),
+        (5, "killed", {"alignment_form": "task"}),
+        (5, "interrupted", {"alignment_form": "task"}),
+        (6, "killed", {"method": "lora"}),
+        (6, "interrupted", {"method": "full"}),
+    ],
+)
+def test_resume_gives_what_an_unbroken_run_gives(folder, tmp_path, at, how, settings):
+    settings = settings | dict(alignment=1.0, pairs=translations(7), validation=paraphrases(6, 1), steps=8)
     whole, records = run(folder, tmp_path / "whole", **settings)
 
     def stop(record):
@@ -260,8 +266,7 @@ def test_first_layers_only(folder, tmp_path):
 
 def evaluate_with(folder, tmp_path, examples) -> dict:
     """Predictions of the run in tmp_path/run, for a test set written as PAWS-X's."""
-    rows = [f"{each.sentence1}\t{each.sentence2}\t{each.label}\n" for each in examples]
-    (tmp_path / "test-de.tsv").write_text("".join(rows))
+    write_examples(tmp_path / "test-de.tsv", examples)
     loaded = encoding.load_backbone(str(folder), causal_head=True)
     _, predictions = evaluate_task(*loaded, tmp_path / "run", tmp_path, ["de"], "test")
     return dict(zip((example.id for example in examples), predictions["de"].values(), strict=True))
@@ -270,22 +275,9 @@ def evaluate_with(folder, tmp_path, examples) -> dict:
 @pytest.mark.parametrize("task", ["pawsx", "xquad"])
 def test_evaluation_gives_what_training_saw(folder, tmp_path, task):
     """And `fastprompt score` gives the same of the written predictions."""
-    if task == "pawsx":
-        examples = paraphrases(12, 5)
-        rows = [f"{each.sentence1}\t{each.sentence2}\t{each.label}\n" for each in examples]
-        data = tmp_path / "test-de.tsv"
-        data.write_text("".join(rows))
-    else:
-        examples = questions(6, seed=5)
-        paragraphs = [
-            {
-                "context": each.context,
-                "qas": [{"id": each.id, "question": each.question, "answers": [answer(each)]}],
-            }
-            for each in examples
-        ]
-        data = tmp_path / "xquad.de.json"
-        data.write_text(json.dumps({"data": [{"title": "", "paragraphs": paragraphs}]}))
+    examples = paraphrases(12, 5) if task == "pawsx" else questions(6, seed=5)
+    data = tmp_path / ("test-de.tsv" if task == "pawsx" else "xquad.de.json")
+    (write_examples if task == "pawsx" else write_questions)(data, examples)
     learner, records = run(folder, tmp_path / "run", task=task, validation=examples, steps=20, evaluate_every=4)
     loaded = encoding.load_backbone(str(folder), causal_head=True)
     scores, predictions = evaluate_task(*loaded, tmp_path / "run", tmp_path, ["de"], "test")
@@ -299,10 +291,6 @@ def test_evaluation_gives_what_training_saw(folder, tmp_path, task):
     done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "scores.json").read_text()) == pytest.approx(scores["de"])
-
-
-def answer(question) -> dict:
-    return {"text": question.answers[0].text, "answer_start": question.answers[0].start}
 
 
 def test_only_runs_on_a_task_are_evaluated(folder, tmp_path):
