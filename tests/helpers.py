@@ -1,9 +1,15 @@
-"""Small random models of every supported family, ragged batches for them, and their folders."""
+"""Small random models of every supported family, ragged batches for them, their folders, and tasks in their words."""
 
+import json
+import random
 from pathlib import Path
 
 import torch
 import transformers
+
+from fastprompt.tasks.parallel import Pair
+from fastprompt.tasks.pawsx import Example
+from fastprompt.tasks.squad import Answer, Question
 
 VOCABULARY, PAD = 61, 1
 
@@ -57,8 +63,58 @@ def tokenizer_file() -> bytes:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = [("<s>", 0), ("</s>", 2)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    templates = {"single": "<s> $A </s>", "pair": "<s> $A </s> $B:1 </s>:1"}
+    tokenizer.post_processor = processors.TemplateProcessing(**templates, special_tokens=special)
     return tokenizer.to_str().encode()
+
+
+def paraphrases(count: int, seed: int = 0) -> list[Example]:
+    """Sentences of the first words, with their "translations" (label 1) or those of other words."""
+    rng = random.Random(seed)
+    examples = []
+    for n in range(count):
+        words = rng.sample(range(20), 4)
+        other = words if n % 2 else rng.sample(range(20), 4)
+        sentences = " ".join(WORDS[word] for word in words), " ".join(WORDS[word + 20] for word in other)
+        examples.append(Example(f"p{n}", *sentences, n % 2))
+    return examples
+
+
+def questions(count: int, length: int = 25, seed: int = 0) -> list[Question]:
+    """Which two words follow the word that is asked for?"""
+    rng = random.Random(seed)
+    made = []
+    for n in range(count):
+        words = [WORDS[word] for word in rng.sample(range(40), length)]
+        place = rng.randrange(length - 2)
+        answer = Answer(" ".join(words[place + 1 : place + 3]), len(" ".join([*words[: place + 1], ""])))
+        made.append(Question(f"q{n}", words[place], " ".join(words), [answer]))
+    return made
+
+
+def write_questions(file: Path, questions: list[Question]) -> None:
+    """In SQuAD's form, each with a paragraph of its own."""
+    paragraphs = []
+    for id, question, context, answers in questions:
+        answers = [{"text": answer.text, "answer_start": answer.start} for answer in answers]
+        paragraphs.append({"context": context, "qas": [{"id": id, "question": question, "answers": answers}]})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+
+
+def write_examples(file: Path, examples: list[Example]) -> None:
+    """As XTREME has PAWS-X."""
+    file.write_text("".join(f"{each.sentence1}\t{each.sentence2}\t{each.label}\n" for each in examples))
+
+
+def translations(count: int, seed: int = 0) -> list[Pair]:
+    """Sentences of the first words, "translated" word by word into the last."""
+    rng = random.Random(seed)
+    pairs = []
+    for _ in range(count):
+        words = rng.choices(range(20), k=rng.randint(2, 5))
+        pairs.append(Pair(" ".join(WORDS[n] for n in words), " ".join(WORDS[n + 20] for n in words)))
+    return pairs
 
 
 def save_backbone(family: str, folder: Path, auto: str = "AutoModel", **config) -> Path:

@@ -90,10 +90,10 @@ def train(
         given = {name: value for name, value in context.params.items() if value is not None}
         for name in ("config", "resume", "device"):
             given.pop(name, None)
-        if layers is not None:
-            given["layers"] = _layers(layers)
         if config is not None:
             given = _read_config(config) | given
+        if isinstance(given.get("layers"), str):
+            given["layers"] = _layers(given["layers"])
         places = {name: given.pop(name) for name in _PLACES if name in given}
         for name in ("backbone", "out"):
             if name not in places:
@@ -120,6 +120,9 @@ def _train_alignment(settings: dict, places: dict, out: Path, device: str | None
     from fastprompt.training import TrainingConfig
     from fastprompt.training import train as run
 
+    of_task = [name for name in ("data", "language", "train_split", "validation_split") if name in places]
+    if of_task:
+        raise ValueError(f"{', '.join(of_task)} must not be given without a task")
     if "parallel" not in places:
         raise ValueError("parallel must be given, with --parallel or in the file of --config")
     config = _config(TrainingConfig, settings)

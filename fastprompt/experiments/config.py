@@ -69,6 +69,7 @@ class StudyConfig:
     title: str = ""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if self.study not in STUDIES:
             raise ValueError(f"study must be one of {STUDIES}, got {self.study!r}")
         allowed = ("real", "pseudo", "pseudo+real") if self.study == "pseudo" else ("",)
@@ -76,16 +77,15 @@ class StudyConfig:
             raise ValueError(f"variants must be of {allowed} in the study {self.study!r}, got {list(self.variants)}")
         if self.task == RETRIEVAL and self.study == "pseudo":
             raise ValueError("task must have labels for the study 'pseudo', got 'retrieval'")
-        for name in ("methods", "examples", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must hold at least one, got none")
         for count in self.examples:
             if count != "all" and (type(count) is not int or count < 1):
                 raise ValueError(f'examples must be positive integers or "all", got {count!r}')
         if not self.languages and self.task != RETRIEVAL:
             raise ValueError("languages must hold at least one, got none")
-        if not self.parallel and any("alignment" in method for method in self.methods):
-            raise ValueError("parallel must name a file at least, for methods with alignment, got none")
+        from_pairs = self.task == RETRIEVAL or (self.study, self.task) == ("pseudo", "pawsx")
+        if not self.parallel and (from_pairs or any("alignment" in method for method in self.methods)):
+            what = f"{self.study} of {self.task}" if from_pairs else "methods with alignment"
+            raise ValueError(f"parallel must name a file at least, for {what}, got none")
         unknown = set(self.method_settings) - set(self.methods)
         if unknown:
             raise ValueError(f"method_settings must be of {list(self.methods)}, got {sorted(unknown)}")
@@ -93,17 +93,39 @@ class StudyConfig:
             if not isinstance(place, str) and (not isinstance(place, dict) or place.keys() != {"pawsx", "split"}):
                 raise ValueError(f"parallel must be a file, or have pawsx and split, for each language, got {place!r}")
         for task, about in self.also.items():
-            if {task, self.task} != {"xquad", "mlqa"} or about.keys() != {"data", "languages", "split"}:
+            fits = isinstance(about, dict) and about.keys() == {"data", "languages", "split"}
+            if {task, self.task} != {"xquad", "mlqa"} or not fits:
                 raise ValueError(f"also must be mlqa beside xquad or the other way round, got {self.also}")
         for method in self.methods:
-            if method != FROZEN:
-                self.run_config(method, 1, 0)
+            self.run_config(method, 1, 0)
+
+    def _check_kinds(self) -> None:
+        """What YAML may easily have otherwise: a word for a list of one, nothing for a list of none."""
+        for name in ("languages", "methods", "examples", "seeds", "variants"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError(f"{name} must be a list, got {value!r}")
+            if not value and name != "languages":
+                raise ValueError(f"{name} must hold at least one, got none")
+            if any(each in value[:n] for n, each in enumerate(value)):
+                raise ValueError(f"{name} must not hold one twice, got {list(value)}")
+        for name in ("parallel", "also", "settings", "method_settings"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be names and values, got {getattr(self, name)!r}")
+        for name in ("parallel_test", "pseudo_examples", "test_limit"):
+            value = getattr(self, name)
+            if (name, value) != ("test_limit", None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not all(type(seed) is int for seed in self.seeds):
+            raise ValueError(f"seeds must be integers, got {list(self.seeds)}")
 
     def run_config(self, method: str, examples: int | None, seed: int) -> TaskConfig:
         """The configuration of one run."""
         name, *parts = method.split("+")
         if not set(parts) <= set(_PARTS):
             raise ValueError(f"methods must be one of TaskConfig's with any of {_PARTS}, got {method!r}")
+        if method == FROZEN and self.task == RETRIEVAL:
+            name = "head"  # of which nothing trains but the projection
         own = {"method": name, "examples": examples, "seed": seed}
         if "alignment" in parts or self.task == RETRIEVAL:  # which nothing else trains for
             own["alignment"] = self.alignment

@@ -43,8 +43,8 @@ class Record:
         return list(next(iter(self.scores.values())))
 
     def is_source(self, language: str) -> bool:
-        """Whether `language` is the training language, or the pair of it with itself."""
-        return language in (self.source, f"{self.source}-{self.source}")
+        """Whether `language`, of whichever split, is the training language, or the pair of it with itself."""
+        return language.partition("@")[0] in (self.source, f"{self.source}-{self.source}")
 
     def mean(self, metric: str) -> float:
         """Macro mean over the languages."""

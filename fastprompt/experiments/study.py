@@ -104,6 +104,11 @@ def read_data(config: StudyConfig) -> Data:
     if config.task == RETRIEVAL:
         tests, train = {}, {}
         for language, each in pairs.items():
+            if len(each) <= config.parallel_test:
+                raise ValueError(
+                    f"parallel_test must be below {len(each)}, the pairs of {config.parallel[language]}, "
+                    f"got {config.parallel_test}"
+                )
             tests[language], train[language] = split_pairs(
                 each, config.parallel_test, len(each) - config.parallel_test, 0
             )
@@ -147,7 +152,7 @@ def plan(config: StudyConfig, data: Data) -> list[Planned]:
 
 
 def _begin(config: StudyConfig, out: Path) -> None:
-    """Write study.json, or check that it is of the same study; cut a line off that a run died in."""
+    """Write study.json, or check that it is of the same study; cut off what is not the whole of a run."""
     about = json.loads(json.dumps(dataclasses.asdict(config)))
     file, results = out / STUDY, out / RESULTS
     if file.is_file():
@@ -165,8 +170,12 @@ def _begin(config: StudyConfig, out: Path) -> None:
     study = {"study": config.study, "title": config.title or f"{config.study}: {config.task}", "config": about}
     write_text(file, json.dumps(study | {"versions": versions, "machine": machine}, indent=2) + "\n")
     if results.is_file():
-        whole = results.read_bytes()
-        os.truncate(results, whole.rfind(b"\n") + 1)
+        lines = results.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        while lines and json.loads(lines[-1])["task"] != config.task:  # of a run whose last line is missing
+            lines.pop()
+        os.truncate(results, sum(map(len, lines)))
 
 
 def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.device) -> list[dict]:
@@ -228,10 +237,7 @@ def _train_examples(config: StudyConfig, data: Data, run: Planned) -> list:
 def _retrieve(config: StudyConfig, data: Data, run: Planned, language: str, device: str | torch.device) -> dict:
     """Train for one language, and find the English sentences of its test pairs."""
     model, tokenizer = load_backbone(config.backbone, device)
-    method = "head" if run.method == FROZEN else run.method
-    settings = config.run_config(
-        f"{method}+alignment" if "+alignment" not in method else method, run.examples, run.seed
-    )
+    settings = config.run_config(run.method, run.examples, run.seed)
     if run.method == FROZEN:
         settings = dataclasses.replace(settings, steps=1, projection_lr=0.0)
     # The scores are taken once, after the last step: nothing is chosen by them.

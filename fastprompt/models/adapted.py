@@ -61,6 +61,11 @@ class AdaptedBackbone(nn.Module):
             layer.requires_grad_(True)
         self.eval()  # a few hundred examples: the backbone's own dropout would only blur it
 
+    @property
+    def text_positions(self) -> int | None:
+        """The longest text, in tokens, that the position table has room for; None: any length."""
+        return self._packed.geometry.positions if self.prompted is None else self.prompted.text_positions
+
     def forward(self, **batch: Tensor) -> Tensor:
         """(B, L, D) hidden states, zero at padding, for input_ids and attention_mask (B, L)."""
         output = self._packed(batch) if self.prompted is None else self.prompted(**batch)

@@ -1,5 +1,6 @@
 """Questions with long contexts: overlapping windows of tokens, and the best span over all windows of a question."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,7 +53,9 @@ def windows(
     texts = [
         text[: spans[room - 1][1]] if len(spans) > room else text for text, spans in zip(texts, asked, strict=True)
     ]
-    longest = min(room, max(map(len, asked))) + tokenizer.num_special_tokens_to_add(pair=True)
+    # Counted again: a character of several tokens is not cut, and what is cut may have other tokens than it had.
+    longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    longest += tokenizer.num_special_tokens_to_add(pair=True)
     if stride < 0 or max_length - longest <= stride:
         raise ValueError(
             f"stride must be from 0 to below {max_length - longest}, what a max_length of {max_length} leaves for the "
@@ -71,12 +74,23 @@ def windows(
     for row, index in enumerate(cut["overflow_to_sample_mapping"]):
         sides = cut.sequence_ids(row)
         piece = [n for n, side in enumerate(sides) if side == 1]
-        spans = [tuple(cut["offset_mapping"][row][n]) for n in piece]
+        spans = _with_marks(questions[index].context, [cut["offset_mapping"][row][n] for n in piece])
         answer = _rows(questions[index], spans)
         first = piece[0] if piece else len(sides)
         answer = None if answer is None else (first + answer[0], first + answer[1])
         found.append(Window(index, cut["input_ids"][row], first, spans, answer))
     return found
+
+
+def _with_marks(context: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Marks that a tokenizer composed with a letter, or left out as accents, belong to the token before them."""
+    limits = [begin for begin, _ in spans[1:]] + [len(context)]
+    whole = []
+    for (begin, end), limit in zip(spans, limits, strict=False):
+        while begin < end < limit and unicodedata.category(context[end]) in ("Mn", "Mc", "Me", "Cf"):
+            end += 1
+        whole.append((begin, end))
+    return whole
 
 
 def _rows(question: Question, spans: list[tuple[int, int]]) -> tuple[int, int] | None:

@@ -47,6 +47,10 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "lr", "projection_lr"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
         self.prompt()
         AlignmentLoss(1, 1, distance=self.distance, temperature=self.temperature)
         if self.pooling not in POOLINGS:
@@ -55,9 +59,6 @@ class TrainingConfig:
             value = getattr(self, name)
             if (name, value) != ("max_tokens", None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("lr", "projection_lr"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
 
     def prompt(self) -> PromptConfig:
         """What the prompted backbone is made of."""

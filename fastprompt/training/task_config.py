@@ -95,7 +95,7 @@ class TaskConfig:
             value = getattr(self, name)
             if not (name in optional and value is None) and (type(value) is not int or value < least):
                 raise ValueError(f"{name} must be an integer, {least} or more, got {value!r}")
-        for name in ("alignment", "lr", "weights_lr", "head_lr", "projection_lr"):
+        for name in ("alignment", "temperature", "lr", "weights_lr", "head_lr", "projection_lr"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
@@ -103,6 +103,8 @@ class TaskConfig:
             raise ValueError(f"adapter_size is for methods 'prompt' and 'prefix', got it with {self.method!r}")
         if self.task == RETRIEVAL and not self.alignment:
             raise ValueError(f"alignment must be above 0 for retrieval, got {self.alignment}")
+        if self.alignment_form == "task" and self.task == "pawsx" and self.alignment_batch_size < 2:
+            raise ValueError("alignment_batch_size must be 2 or more for pawsx with alignment_form 'task', got 1")
         if self.alignment_first and not self.alignment:
             raise ValueError(f"alignment_first needs an alignment above 0, got {self.alignment_first} and 0")
         AlignmentLoss(1, 1, distance=self.distance, temperature=self.temperature)

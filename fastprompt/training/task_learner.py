@@ -41,6 +41,11 @@ class TaskLearner(nn.Module):
         self.config = config
         options = {"lora_rank": config.lora_rank, "norms": config.norms, "top_layers": config.top_layers}
         self.adapted = AdaptedBackbone(base, config.method, config.prompt(), **options)
+        room = self.adapted.text_positions
+        if room is not None and config.max_length > room:
+            raise ValueError(
+                f"max_length must be at most {room}, what the position table has room for, got {config.max_length}"
+            )
         self.alignment = None
         if config.alignment:
             options = {"distance": config.distance, "temperature": config.temperature}
@@ -50,6 +55,10 @@ class TaskLearner(nn.Module):
             self.task = Retrieval(read, config.pooling, self.alignment)
         else:
             self.task = _task(config, tokenizer, backbone)
+        if config.alignment and config.alignment_form == "task" and type(self.task).align is Task.align:
+            raise ValueError(f"alignment_form must be 'sentence' for {type(self.task).__name__}, got 'task'")
+        if not config.train_head and type(self.task) is PairClassification:
+            raise ValueError("train_head must be True for pawsx with an encoder, whose head begins at 0, got False")
         self.task.requires_grad_(config.train_head)
         self.to(device)
 

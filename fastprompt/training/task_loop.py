@@ -87,22 +87,24 @@ def train_task(
         for side in ("source", "target")
     )
     digest, device = Digest(base), next(base.parameters()).device
-    teacher = teacher_vectors(digest, source, config.pooling, device, cache).to(device) if pairs else None
-    run, state = None, None
-    if out is not None:
-        text = json.dumps([examples, validation, source, target])
-        content = {"data": hashlib.sha256(text.encode()).hexdigest(), "backbone": digest(source + target)}
-        run = Run(Path(out), config, content, [], resume)
-        state = run.state
     learner = TaskLearner(backbone, tokenizer, config)
     items = learner.task.encode(examples)
-    if retrieval and validation:
-        english = learner.task.tokenize([pair.source for pair in validation])
-        learner.task.english = teacher_vectors(digest, english, config.pooling, device, cache)
     if not items and not retrieval:
         raise ValueError(f"examples must have answers that stand in their contexts, got none in {len(examples)}")
     trained = learner.trained()
     optimizer = torch.optim.AdamW(learner.groups(), weight_decay=0.0)
+    run, state = None, None
+    if out is not None:
+        text = json.dumps([examples, validation, source, target])
+        read = [item.ids for item in items] + source + target
+        content = {"data": hashlib.sha256(text.encode()).hexdigest(), "backbone": digest(read)}
+        run = Run(Path(out), config, content, [], resume)
+        state = run.state
+    # What is adapted is, until it trains, the backbone as it came.
+    teacher = teacher_vectors(digest, source, config.pooling, device, cache).to(device) if pairs else None
+    if retrieval and validation:
+        english = learner.task.tokenize([pair.source for pair in validation])
+        learner.task.english = teacher_vectors(digest, english, config.pooling, device, cache)
     rates = [group["lr"] for group in optimizer.param_groups]
     records: list[dict] = [] if run is None else run.records
     best = {"score": -math.inf, "step": 0, "weights": {}}
@@ -120,7 +122,7 @@ def train_task(
             weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
             best.update(score=score, step=len(records), weights=weights)
 
-    total, out_of_patience = config.alignment_first + config.steps, False
+    total, out_of_patience = config.alignment_first + config.steps, _out_of_patience(records, best["step"], config)
     # Where nothing is kept, half a run is worth nothing: it ends as any program does.
     with stop_on_signal() if run is not None else nullcontext(lambda: False) as stopped:
         while len(records) < total and not stopped() and not out_of_patience:
@@ -128,6 +130,7 @@ def train_task(
             fitting = step >= config.alignment_first
             labelled = _batch(config.seed, "task", step - config.alignment_first, config.batch_size, len(items))
             chosen = _batch(config.seed, "alignment", step, config.alignment_batch_size, len(pairs))
+            chosen = list(dict.fromkeys(chosen))  # a pair that is there twice would be its own rival
             weight = _weight(step - config.alignment_first, config)
             if config.alignment_form == "task":
                 aligned = learner.task.align(pairs, chosen, random.Random(f"{config.seed} {step}"))
@@ -152,8 +155,8 @@ def train_task(
                 on_step(records[-1] | {"steps": total})
             if run is not None and (evaluated or len(records) == total or stopped()):
                 weights = {name: parameter.detach().cpu() for name, parameter in trained.items()}
+                run.write_records()  # first: of too many, those after the state are left out
                 run.save_state(len(records), weights, optimizer.state_dict(), best=best)
-                run.write_records()
             out_of_patience = evaluated and _out_of_patience(records, best["step"], config)
     if best["weights"]:
         learner.load_state_dict(best["weights"], strict=False)

@@ -66,8 +66,8 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def align(self, pairs: Sequence[Pair], chosen: Sequence[int], rng: random.Random) -> list[Aligned]:
-        """Inputs of the alignment in the task's form, made of the chosen pairs."""
-        raise ValueError(f"alignment_form must be 'sentence' for {type(self).__name__}, got 'task'")
+        """Inputs of the alignment in the task's form, made of the chosen pairs; not every task has one."""
+        raise NotImplementedError
 
     def predict(self, model: Callable, examples: Sequence, batch_size: int = 16) -> dict:
         """Predictions by the example's id; `model` gives hidden states (B, L, D) for a batch."""
@@ -195,6 +195,7 @@ class Verbaliser(PairClassification):
 
     TEMPLATE = "Sentence 1: {}\nSentence 2: {}\nDo both sentences mean the same? Answer:"
     WORDS = (" No", " Yes")  # of the classes 0 and 1
+    align = Task.align
 
     def __init__(self, tokenizer: Callable, model: nn.Module, max_length: int) -> None:
         nn.Module.__init__(self)
