@@ -291,9 +291,7 @@ class SpanAnswers(Task):
     def scores(self, examples: Sequence[Question], predictions: dict[str, str], language: str) -> dict[str, float]:
         return (
             mlqa_scores(examples, predictions, language)
-            if self.metrics == "mlqa"
-            else squad_scores(examples, predictions)
-        )
+            return answer_scores(self.metrics, examples, predictions, language)
 
 
 class Retrieval(Task):
