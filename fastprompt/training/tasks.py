@@ -289,9 +289,7 @@ class SpanAnswers(Task):
         return best_answers(examples, found, logits)
 
     def scores(self, examples: Sequence[Question], predictions: dict[str, str], language: str) -> dict[str, float]:
-        return (
-            mlqa_scores(examples, predictions, language)
-            return answer_scores(self.metrics, examples, predictions, language)
+        return answer_scores(self.metrics, examples, predictions, language)
 
 
 class Retrieval(Task):
