@@ -77,7 +77,11 @@ class GeneratedAnswers(Task):
     def predict(self, model: AdaptedBackbone, examples: Sequence[Question], batch_size: int = 8) -> dict[str, str]:
         prompts = [self._asked(question, self.max_new_tokens) for question in examples]
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-        end = self.tokenizer.eos_token_id
+        # The line's end by its tokens: transformers' stop_strings does not know every kind of tokenizer.
+        lines = [self._ids("\n" * n, special=False) for n in (1, 2)]
+        ends = [ids[0] for ids in (*lines, [self.tokenizer.eos_token_id]) if len(ids) == 1 and ids[0] is not None]
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        options |= {"pad_token_id": self.tokenizer.pad_token_id or 0, "eos_token_id": ends}
         found = {}
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
@@ -86,13 +90,10 @@ class GeneratedAnswers(Task):
                 longest = rows.shape[1]
                 lengths = [len(prompts[n]) for n in chosen]
                 inputs[name] = torch.stack([row.roll(longest - n) for row, n in zip(rows, lengths, strict=True)])
-            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": end or 0}
             if model.prompted is None:
-                written = self.model.generate(**inputs, **options, stop_strings="\n", tokenizer=self.tokenizer)
+                written = self.model.generate(**inputs, **options)
             else:
-                written = generate(
-                    self.model, model.prompted, **inputs, **options, stop_strings="\n", tokenizer=self.tokenizer
-                )
+                written = generate(self.model, model.prompted, **inputs, **options)
             texts = self.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
             for n, text in zip(chosen, texts, strict=True):
                 found[examples[n].id] = text.strip().split("\n")[0].strip()
