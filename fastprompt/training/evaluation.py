@@ -14,6 +14,7 @@ from .config import TrainingConfig
 from .encoding import encode_all, plain, tokenize
 from .learner import Learner
 from .run import read_run
+from .task_config import TaskConfig
 
 
 def evaluate(
@@ -43,6 +44,8 @@ def evaluate(
     adapter = Path(adapter)
     run = read_run(adapter) or {"config": TrainingConfig(), "labels": []}
     config, labels = run["config"], run["labels"]
+    if isinstance(config, TaskConfig):
+        raise ValueError(f"adapter {adapter} must be the run of a language, got one on the task {config.task!r}")
     given = {"prefix_text": prefix_text, "pooling": pooling}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     device = next(backbone.parameters()).device

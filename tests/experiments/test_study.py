@@ -10,6 +10,7 @@ from fastprompt.experiments.records import Record, read_results
 from fastprompt.experiments.report import write_report
 from fastprompt.experiments.study import run_study
 from fastprompt.tasks.squad import Answer, Question
+from fastprompt.training import tasks
 
 SETTINGS = dict(num_virtual_tokens=2, max_length=40, stride=8, steps=2, batch_size=4, evaluate_every=1)
 
@@ -110,7 +111,9 @@ def test_scarcity_of_pairs(files, configured, tmp_path, trained):
     assert "Few pairs" in check_report(tmp_path / "out")
 
 
-def test_scarcity_of_answers_in_two_tasks(files, configured, tmp_path, trained):
+def test_scarcity_of_answers_in_two_tasks(files, configured, tmp_path, trained, monkeypatch):
+    """Each task is scored by its own rules, mlqa's by those of the context's language."""
+    monkeypatch.setattr(tasks, "mlqa_scores", lambda *args: {"exact_match": 1.5, "f1": float(args[2] == "de")})
     also = {"mlqa": {"data": str(files), "languages": ["de-en"], "split": "test"}}
     about = dict(
         task="xquad", train_split=str(files / "train.json[1:]"), validation_split=None, also=also, test_limit=2
@@ -121,7 +124,7 @@ def test_scarcity_of_answers_in_two_tasks(files, configured, tmp_path, trained):
     _, read = read_results(out)
     assert [record.task for record in read] == ["mlqa", "xquad"] * 4 and len(trained) == 4
     assert {record.examples for record in read} == {3, 6}
-    assert list(read[0].scores) == ["de-en"] and list(read[1].scores) == ["en", "de"]
+    assert read[0].scores == {"de-en": {"exact_match": 1.5, "f1": 1.0}} and list(read[1].scores) == ["en", "de"]
     assert read[0].validation == 0.0 and read[0].losses == read[1].losses
     check_report(out)
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from fastprompt import cli
 from fastprompt.models.adapted import METHODS
 from fastprompt.tasks.parallel import Pair
-from fastprompt.training import encoding, task_loop
+from fastprompt.training import encoding
+from fastprompt.training.run import Run
 from fastprompt.training.task_config import TaskConfig
 from fastprompt.training.task_evaluation import evaluate_task, write_predictions
 from fastprompt.training.task_learner import TaskLearner
@@ -63,7 +64,6 @@ def test_a_prefix_learns_a_few_examples_by_heart(folder, task, steps):
 @pytest.mark.parametrize("task", ["pawsx", "xquad"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_all_it_should_and_nothing_else(folder, task, method):
-    before = TaskLearner(*encoding.load_backbone(str(folder)), TaskConfig(**SMALL, task=task, method=method))
     torch.manual_seed(0)
     before = TaskLearner(*encoding.load_backbone(str(folder)), TaskConfig(**SMALL, task=task, method=method))
     learner, records = run(folder, task=task, method=method, steps=4)
@@ -193,19 +193,40 @@ def test_resume_gives_what_an_unbroken_run_gives(folder, tmp_path, at, how, sett
 
 def test_killed_between_the_two_files_of_a_state(folder, tmp_path, monkeypatch):
     whole, _ = run(folder, tmp_path / "whole")
-    save, calls = task_loop.Run.save_state, []
+    calls = []
 
-    def killed(self, *args, **more):
-        calls.append(None)
-        if len(calls) == 2:
-            raise Killed
-        save(self, *args, **more)
+    def dies(write):
+        def wrapped(*args, **more):
+            write(*args, **more)
+            calls.append(None)
+            if len(calls) == 4:  # one at the beginning, two of the first evaluation, and the first of the second
+                raise Killed
+
+        return wrapped
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(task_loop.Run, "save_state", killed)
+        for name in ("save_state", "write_records"):
+            patch.setattr(Run, name, dies(getattr(Run, name)))
         run(folder, tmp_path / "broken")
     resumed, records = run(folder, tmp_path / "broken", resume=True)
-    assert equal(whole, resumed) and len(records) == 6
+    assert equal(whole, resumed) and [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_learning_rates(folder, monkeypatch):
+    """Up over the first tenth of the steps and down to 0 at the end, each from its own height."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(optimizer, *args):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    settings = dict(lr=0.5, head_lr=0.25, projection_lr=0.125, weights_lr=1.0, norms=True)
+    run(folder, steps=18, alignment=1.0, alignment_first=2, pairs=translations(3), **settings)
+    rise = [0.5, 1.0]
+    fall = [1 - n / 18 for n in range(18)]
+    assert [group[0] / 0.5 for group in rates] == pytest.approx(rise + fall)
+    assert rates[1] == [0.5, 1.0, 0.25, 0.125]
 
 
 def test_the_folder_of_a_run(folder, tmp_path):
