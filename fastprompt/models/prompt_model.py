@@ -111,14 +111,17 @@ class PromptModel(nn.Module):
     def generate(self, *, prompt_ids: Tensor | Sequence[str] | None = None, **inputs):
         """What the backbone's own `generate` gives, with a prompt before each text.
 
-        The cache holds the text alone, and the prompt is read in place in every layer.
+        The cache holds the text alone, and the prompt is read in place in every layer. It runs in evaluation mode,
+        whatever the model's mode.
 
         Args:
-            prompt_ids: as of `forward`.
+            prompt_ids: as of `forward`, one a text, whatever the number of beams.
             inputs: of transformers' generate: input_ids (padded on the left), attention_mask, max_new_tokens, ...
 
         Raises:
-            ValueError: the backbone is no causal language model with its head, or shared_prefix_ids is given.
+            ValueError: the backbone is no causal language model with its head, an input does not fit, or
+                shared_prefix_ids is given.
+            IndexError: a value of prompt_ids out of range.
         """
         return generate(self.backbone, self, prompt_ids, **inputs)
 

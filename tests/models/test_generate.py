@@ -6,6 +6,7 @@ import torch
 from helpers import DECODERS, batch, build
 
 from fastprompt import PromptConfig, PromptModel
+from fastprompt.models import generation
 
 GREEDY = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
 
@@ -111,3 +112,45 @@ def test_what_cannot_generate():
         PromptModel(build("bert"), PromptConfig("prefix", 4)).generate(**inputs)
     with pytest.raises(ValueError, match="shared_prefix_ids must not be given to generate"):
         prompted("llama", "prefix").generate(**inputs, shared_prefix_ids=torch.tensor([5]))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_static_cache_and_guesses_that_are_taken_back(family, kind):
+    """A static cache has room behind the text when transformers leaves the mask out."""
+    model, inputs = prompted(family, kind), batch((12,), "left")
+    words, logits = step_by_step(model, inputs, 8)
+    got, scores = generate(model, inputs, 8, cache_implementation="static")
+    assert torch.equal(got, words)
+    torch.testing.assert_close(scores, logits, rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=3, **GREEDY), words)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_in_training_mode_it_writes_the_same(kind):
+    """Neither dropout nor gradient checkpointing, which keeps no cache, takes part; the modes stay as they were."""
+    model, inputs = prompted("llama", kind, dropout=0.5), batch((7, 3), "left")
+    words, _ = generate(model, inputs, 8)
+    model.backbone.gradient_checkpointing_enable()
+    model.train().backbone.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(generate(model, inputs, 8)[0], words)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_several_sequences_of_a_text_read_its_prompt():
+    model, inputs, ids = prompted("llama", "prefix"), batch((7, 3), "left"), torch.tensor([1, 0])
+    model.add_prompt("other")
+    words, _ = step_by_step(model, inputs, 6, prompt_ids=ids)
+    options = GREEDY | {"do_sample": True, "top_k": 1, "num_return_sequences": 3, "max_new_tokens": 6}
+    assert torch.equal(model.generate(**inputs, **options, prompt_ids=ids), words.repeat_interleave(3, 0))
+
+
+def test_prompts_and_models_that_do_not_fit():
+    model, inputs = prompted("llama", "prefix"), batch((7, 3, 4, 2), "left")
+    model.add_prompt("other")
+    for count in (2, 8):  # neither is taken for beams
+        with pytest.raises(ValueError, match=rf"prompt_ids must be \(4,\), one a text, got \({count},\)"):
+            model.generate(**inputs, prompt_ids=torch.zeros(count, dtype=torch.long))
+    with pytest.raises(ValueError, match="model must have the base model of the prompts as its own"):
+        generation.generate(build("llama", "AutoModelForCausalLM", seed=1), model, **inputs)
