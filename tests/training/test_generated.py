@@ -21,7 +21,7 @@ QUESTIONS = [ask(0, "w1 w2", "w3 w4 w5 w6 w7", "w5 w6"), ask(1, "w8", "w9 w10 w1
 @pytest.fixture
 def causal(tmp_path):
     model, tokenizer = load_backbone(str(save_backbone("llama", tmp_path, "AutoModelForCausalLM")), causal_head=True)
-    tokenizer.eos_token = "</s>"
+    tokenizer.add_special_tokens({"eos_token": "</s>"})  # the attribute alone would not make it special
     return model, tokenizer
 
 
@@ -52,8 +52,8 @@ def test_a_long_context_leaves_room(causal):
 @pytest.mark.parametrize("method", ["prefix", "lora"])
 def test_learns_to_write_the_answers(causal, method):
     model, tokenizer = causal
-    settings = {"steps": 60, "batch_size": 2, "lr": 0.1, "weights_lr": 0.03, "evaluate_every": 60, "max_length": 60}
-    config = TaskConfig(task="xquad", method=method, num_virtual_tokens=4, **settings)
+    settings = {"steps": 150, "batch_size": 2, "lr": 0.2, "weights_lr": 0.03, "evaluate_every": 150, "max_length": 60}
+    config = TaskConfig(task="xquad", method=method, num_virtual_tokens=8, **settings)
     learner, records = train_task(model, tokenizer, QUESTIONS, QUESTIONS, config)
     assert records[-1]["loss"] < 0.2 < records[0]["loss"]
     assert learner.predict(QUESTIONS) == {"0": "w5 w6", "1": "w9"}
