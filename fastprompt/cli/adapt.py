@@ -44,6 +44,8 @@ def train(
     examples: Annotated[int | None, Option(help="With a task: labelled examples to train on; all.")] = None,
     kind: Annotated[str | None, Option(help="Without a task: prefix (keys and values) or prompt (rows).")] = None,
     num_virtual_tokens: Annotated[int | None, Option(help="Length of the prompt: 16.")] = None,
+    init_text: Annotated[str | None, Option(help="What the prompt begins as: with few examples, much better.")] = None,
+    position_offset: Annotated[str | None, Option(help="Of the tokens' positions: peft (the prompt's length).")] = None,
     layers: Annotated[str | None, Option(help="Layers that get a prefix, such as 0,1,-1: all.")] = None,
     num_layers: Annotated[int | None, Option(help="With a task: use the first layers of the backbone only.")] = None,
     adapter_size: Annotated[int | None, Option(help="With a task: bottleneck adapters beside the prompt.")] = None,

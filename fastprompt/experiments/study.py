@@ -74,6 +74,7 @@ def run_study(
     Raises:
         ValueError: another study is in `out`, or a setting that does not fit the data or the backbone.
         OSError: data or backbone cannot be read.
+        FloatingPointError: at the end, naming the runs whose loss was no longer a number.
     """
     out = Path(out)
     data = read_data(config)
@@ -81,13 +82,17 @@ def run_study(
     _begin(config, out)
     results = out / RESULTS
     done = _done(results, config.task)
-    records = []
+    records, diverged = [], []
     for number, run in enumerate(planned, 1):
         if _key(run) in done:
             continue
         if on_run is not None:
             on_run(number, len(planned), run, None)
-        made = _run(config, data, run, device)
+        try:
+            made = _run(config, data, run, device)
+        except FloatingPointError as error:  # the other runs can still be made
+            diverged.append(f"{run.method} with {run.examples} examples and seed {run.seed}: {error}")
+            continue
         with results.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in made))
             file.flush()
@@ -95,6 +100,8 @@ def run_study(
         records += made
         if on_run is not None:
             on_run(number, len(planned), run, made[-1])
+    if diverged:
+        raise FloatingPointError(f"{len(diverged)} runs are missing, all others are done; {'; '.join(diverged)}")
     return records
 
 

@@ -1,6 +1,6 @@
 """TrainingConfig: all that decides the result of a training run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastprompt.models import PromptConfig
@@ -14,7 +14,9 @@ class TrainingConfig:
     """Checked when made; what depends on the backbone and the sentences is checked by `train`.
 
     Attributes:
-        kind, num_virtual_tokens, layers: as in `fastprompt.PromptConfig`.
+        kind, num_virtual_tokens, layers, position_offset: as in `fastprompt.PromptConfig`.
+        init_text: the prompt begins as what the backbone makes of this text, repeated or cut to its length: its keys
+            and values in each layer, or its embeddings. None: at random. With few sentences a text does much better.
         distance, temperature: of the alignment loss, as in `fastprompt.ops.alignment_loss`.
         pooling: a sentence's vector is the "mean" of its rows, its "first" row or its "last".
         prefix_text: put before each sentence, of either language.
@@ -33,6 +35,8 @@ class TrainingConfig:
     kind: str = "prefix"
     num_virtual_tokens: int = 16
     layers: Sequence[int] | None = None
+    position_offset: str = "peft"
+    init_text: str | None = None
     distance: str = "infonce+cosine"
     temperature: float = 0.05
     pooling: str = "mean"
@@ -60,6 +64,18 @@ class TrainingConfig:
             if (name, value) != ("max_tokens", None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
-    def prompt(self) -> PromptConfig:
-        """What the prompted backbone is made of."""
-        return PromptConfig(self.kind, self.num_virtual_tokens, layers=self.layers)
+    def prompt(self, tokenizer: Callable | None = None) -> PromptConfig:
+        """What the prompted backbone is made of; the text it begins with needs the tokenizer."""
+        return prompt_config(self, self.kind, tokenizer)
+
+
+def prompt_config(config, kind: str, tokenizer: Callable | None, **more) -> PromptConfig:
+    """The prompt that a run's configuration describes."""
+    if config.init_text is not None and tokenizer is not None:
+        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"init_text must have at least one token, got none in {config.init_text!r}")
+        more |= {"init": "text", "init_ids": list(ids)}
+    return PromptConfig(
+        kind, config.num_virtual_tokens, layers=config.layers, position_offset=config.position_offset, **more
+    )

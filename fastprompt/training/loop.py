@@ -65,7 +65,7 @@ def train(
     out, device = Path(out), next(backbone.parameters()).device
     labels = sorted({pair.label for pair in pairs} - {None})
     torch.manual_seed(config.seed)
-    learner = Learner(PromptModel(backbone, config.prompt()), config, labels)
+    learner = Learner(PromptModel(backbone, config.prompt(tokenizer)), config, labels)
     _check_length(config, learner.prompted)
     source, target = (
         tokenize(tokenizer, [getattr(pair, side) for pair in pairs], config.prefix_text, config.max_length)

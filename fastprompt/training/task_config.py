@@ -1,6 +1,6 @@
 """TaskConfig: all that decides the result of training on a task, its data aside."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastprompt.models import PromptConfig
@@ -8,6 +8,7 @@ from fastprompt.models.adapted import METHODS
 from fastprompt.nn import AlignmentLoss
 from fastprompt.tasks.data import TASKS
 
+from .config import prompt_config
 from .encoding import POOLINGS
 
 RETRIEVAL = "retrieval"  # no labels: examples are pairs, and train the alignment alone
@@ -23,7 +24,8 @@ class TaskConfig:
         task: "pawsx", "xquad", "mlqa" or "retrieval", whose examples are the pairs of the alignment.
         method, lora_rank, norms, top_layers: what trains, as of `fastprompt.models.adapted.AdaptedBackbone`.
         train_head: whether the head trains; without, it is what it began as.
-        num_virtual_tokens, layers, adapter_size: as in `fastprompt.PromptConfig`.
+        num_virtual_tokens, layers, adapter_size, position_offset: as in `fastprompt.PromptConfig`.
+        init_text: as in `TrainingConfig`.
         num_layers: use the backbone's first layers only, that many. None: all.
         pooling: a sentence's vector, for the alignment and for classification: "mean", "first" or "last".
         prefix_text: put before each input.
@@ -52,6 +54,8 @@ class TaskConfig:
     num_virtual_tokens: int = 16
     layers: Sequence[int] | None = None
     adapter_size: int | None = None
+    position_offset: str = "peft"
+    init_text: str | None = None
     lora_rank: int = 8
     norms: bool = False
     top_layers: int = 0
@@ -110,8 +114,8 @@ class TaskConfig:
         AlignmentLoss(1, 1, distance=self.distance, temperature=self.temperature)
         self.prompt()
 
-    def prompt(self) -> PromptConfig | None:
-        """What the prompt is made of, where the method has one."""
+    def prompt(self, tokenizer: Callable | None = None) -> PromptConfig | None:
+        """What the prompt is made of, where the method has one; the text it begins with needs the tokenizer."""
         if self.method not in ("prompt", "prefix"):
             return None
-        return PromptConfig(self.method, self.num_virtual_tokens, layers=self.layers, adapter_size=self.adapter_size)
+        return prompt_config(self, self.method, tokenizer, adapter_size=self.adapter_size)

@@ -40,7 +40,7 @@ class TaskLearner(nn.Module):
             keep_layers(base, config.num_layers)
         self.config = config
         options = {"lora_rank": config.lora_rank, "norms": config.norms, "top_layers": config.top_layers}
-        self.adapted = AdaptedBackbone(base, config.method, config.prompt(), **options)
+        self.adapted = AdaptedBackbone(base, config.method, config.prompt(tokenizer), **options)
         room = self.adapted.text_positions
         if room is not None and config.max_length > room:
             raise ValueError(

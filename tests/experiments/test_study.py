@@ -308,3 +308,10 @@ def test_data_that_does_not_fit_is_told_before_any_run(files, configured, tmp_pa
 def test_the_source_is_told_in_other_splits_too():
     record = Record(**dict.fromkeys(Record.__dataclass_fields__) | {"source": "en"})
     assert record.is_source("en@dev") and record.is_source("en-en") and not record.is_source("de@en")
+
+
+def test_a_run_that_diverges_does_not_end_the_study(configured, tmp_path):
+    config = configured(method_settings={"head": {"head_lr": 3e37, "steps": 4}})
+    with pytest.raises(FloatingPointError, match="1 runs are missing.*head with 4 examples and seed 0: the loss is"):
+        run_study(config, tmp_path / "out")
+    assert [record.method for record in read_results(tmp_path / "out")[1]] == ["prefix"]

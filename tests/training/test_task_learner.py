@@ -337,3 +337,13 @@ def test_a_bare_model_is_taken_as_it_comes(folders):
     loss = made.loss(made.task.encode(paraphrases(2)))["task"]
     loss.backward()
     assert loss.item() == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_prompt_begins_as_a_text(learner):
+    made = learner(method="prompt", init_text="w1 w2")
+    words = made.adapted.backbone.get_input_embeddings().weight[[5 + 1, 5 + 2, 5 + 1]]  # after five special tokens
+    torch.testing.assert_close(made.adapted.prompted.prompt.weight, words)
+    begun = [learner(method="prefix", init_text=text).adapted.prompted.prompt.weight for text in ("w1", "w1", "w2")]
+    assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
+    with pytest.raises(ValueError, match="init_text must have at least one token, got none in ' '"):
+        learner(method="prefix", init_text=" ")
