@@ -20,7 +20,8 @@ def read_examples(task: str, data: str | Path, language: str, split: str) -> lis
         task: one of `TASKS`.
         data: folder or name on the hub, as of `read` of the task's module. Not read where `split` is a file.
         language: of the task; for mlqa "de" or, with questions in another language than the contexts, "de-en".
-        split: "train", "dev" or "test" (xquad has "test" alone); for xquad and mlqa also a file in SQuAD's form, such
+        split: "train", "dev" or "test" (xquad has "test" alone, mlqa "translate-train" and "translate-dev" instead of
+            "train", which are SQuAD in another language); for xquad and mlqa also a file in SQuAD's form, such
             as SQuAD's or TyDi QA's for training, where ids may repeat and are exchanged for row numbers. A slice of its
             rows may follow, as in "dev[:1400]" or "train.json[200:]"; those of pawsx are counted before pairs without a
             translation are left out.
@@ -39,6 +40,8 @@ def read_examples(task: str, data: str | Path, language: str, split: str) -> lis
         check_choice("split", name, ("test",))
         return xquad.read(data, language)[rows]
     context_language, _, question_language = language.partition("-")
+    if name.startswith("translate-"):
+        return mlqa.read_translate_train(data, context_language, name.removeprefix("translate-"))[rows]
     return mlqa.read(data, context_language, question_language or context_language, name)[rows]
 
 

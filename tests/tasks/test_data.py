@@ -42,6 +42,8 @@ def test_slices_of_test_sets(write_squad):
     assert read_examples("xquad", folder, "de", "test[1:]") == QUESTIONS[2:]
     write_squad("data/test/test-context-de-question-en.json", QUESTIONS[1:])
     assert read_examples("mlqa", folder, "de-en", "test[:1]") == QUESTIONS[1:2]
+    write_squad("data/hi_squad-translate-train-train-v1.1.json", QUESTIONS[1:])
+    assert read_examples("mlqa", folder, "hi", "translate-train[1:]") == QUESTIONS[2:]
 
 
 def test_rows_of_pawsx_are_counted_before_any_is_left_out(tmp_path):
@@ -57,6 +59,7 @@ def test_rows_of_pawsx_are_counted_before_any_is_left_out(tmp_path):
         ("xquad", "en", "dev", "split must be one of test, got 'dev'"),
         ("xquad", "cy", "test", "language must be one of .* got 'cy'"),
         ("mlqa", "de-cy", "test", "language must be one of .* got 'cy'"),
+        ("mlqa", "de", "train", "split must be one of .* got 'train'"),
         ("pawsx", "en", "dev[3]", r"split must be one of .* got 'dev\[3\]'"),
         ("pawsx", "ar", "dev", "language must be one of .* got 'ar'"),
     ],
