@@ -81,7 +81,7 @@ class GeneratedAnswers(Task):
         lines = [self._ids("\n" * n, special=False) for n in (1, 2)]
         ends = [ids[0] for ids in (*lines, [self.tokenizer.eos_token_id]) if len(ids) == 1 and ids[0] is not None]
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        options |= {"pad_token_id": self.tokenizer.pad_token_id or 0, "eos_token_id": ends}
+        options |= {"pad_token_id": self.tokenizer.pad_token_id or 0, "eos_token_id": ends or None}
         found = {}
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
