@@ -9,8 +9,8 @@ from fastprompt.experiments.config import read_study
 from fastprompt.experiments.records import Record, read_results
 from fastprompt.experiments.report import write_report
 from fastprompt.experiments.study import run_study
+from fastprompt.tasks import metrics
 from fastprompt.tasks.squad import Answer, Question
-from fastprompt.training import tasks
 
 SETTINGS = dict(num_virtual_tokens=2, max_length=40, stride=8, steps=2, batch_size=4, evaluate_every=1)
 
@@ -113,7 +113,7 @@ def test_scarcity_of_pairs(files, configured, tmp_path, trained):
 
 def test_scarcity_of_answers_in_two_tasks(files, configured, tmp_path, trained, monkeypatch):
     """Each task is scored by its own rules, mlqa's by those of the context's language."""
-    monkeypatch.setattr(tasks, "mlqa_scores", lambda *args: {"exact_match": 1.5, "f1": float(args[2] == "de")})
+    monkeypatch.setattr(metrics, "mlqa_scores", lambda *args: {"exact_match": 1.5, "f1": float(args[2] == "de")})
     also = {"mlqa": {"data": str(files), "languages": ["de-en"], "split": "test"}}
     about = dict(
         task="xquad", train_split=str(files / "train.json[1:]"), validation_split=None, also=also, test_limit=2
