@@ -1,0 +1,97 @@
+"""measure: one case, checked and then timed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .case import OURS, Case, Work, dtype_of
+from .machine import cache_bytes
+from .memory import peak_bytes
+from .timing import Way, as_graph, in_turns, launch_seconds, matrix_rate, median_interval, ratio_interval
+
+SETS = 16  # of inputs, at most, however small they are
+
+
+def measure(case: Case, device: str, *, budget: float = 3.0, memory: bool = True, memory_rate: float = math.inf) -> dict:
+    """Check each way against the exact result, time those that are right in turns, and measure their memory.
+
+    Args:
+        budget: seconds of timing, beyond the fewest turns there must be.
+        memory: whether to measure the peak of `case.memory`.
+        memory_rate: bytes per second to and from memory, for the floor.
+
+    Returns:
+        What `fastprompt.bench.records` describes. If ours is wrong no way has a time; a rival that is wrong has none.
+    """
+    dtype = dtype_of(device)
+    record = {
+        "name": case.name,
+        "group": case.group,
+        "sizes": case.sizes,
+        "sweep": case.sweep,
+        "flops": case.flops,
+        "bytes": case.bytes,
+    }
+    torch.compiler.reset()
+    works = [case.make(device, dtype, 0)]
+    errors = _errors(works[0])
+    record["missing"] = works[0].missing
+    record["wrong"] = {name: error for name, error in errors.items() if not error <= case.tolerance[dtype]}
+    record["ways"] = {}
+    if OURS in record["wrong"]:
+        return record
+    size = sum(x.nbytes for x in works[0].inputs)
+    sets = min(SETS, max(2, -(-2 * cache_bytes(device) // max(size, 1)))) if size < 2 * cache_bytes(device) else 1
+    works += [case.make(device, dtype, seed) for seed in range(1, sets)]
+    right = [name for name in works[0].ways if name not in record["wrong"]]
+    rate = matrix_rate(device, dtype)
+    seconds = in_turns([{name: work.ways[name] for name in right} for work in works], device, budget)
+    record["sets"] = len(works)
+    record["matrix_gflops"] = round(rate / 1e9, 1)
+    record["floor_seconds"] = max(case.flops / rate, case.bytes / memory_rate)
+    for name in right:
+        way = record["ways"][name] = {"seconds": median_interval(seconds[name])._asdict(), "turns": len(seconds[name])}
+        if name in errors:
+            way["error"] = errors[name]
+        if name != OURS:
+            way["over_ours"] = ratio_interval(seconds[name], seconds[OURS])._asdict()
+        if device == "cuda":
+            way |= _launched(works[0].ways[name])
+    del works
+    for name in case.memory if memory else ():
+        if name in right:
+            beyond, total = peak_bytes(case, name, device)
+            record["ways"][name] |= {"peak_bytes": beyond, "resident_bytes": total}
+    return record
+
+
+def _errors(work: Work) -> dict[str, float]:
+    """Of each way, the largest error of an entry over the largest exact entry of its tensor."""
+    if work.exact is None:
+        return {}
+    exact = [each.double() for each in work.exact()]
+    return {name: _error(way(), exact) for name, way in work.ways.items()}
+
+
+def _error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    worst = 0.0
+    for one, want in zip(got, exact, strict=True):
+        if want.numel():
+            error = ((one.detach().double() - want).abs().max() / want.abs().max()).item()
+            worst = error if math.isnan(error) else max(worst, error)
+            if math.isnan(worst):
+                break
+    return worst
+
+
+def _launched(way: Way) -> dict:
+    """On a GPU also: seconds the CPU takes to launch it, and the GPU's seconds when it is replayed from a graph."""
+    found: dict = {"launch_seconds": launch_seconds(way)}
+    try:
+        replay = as_graph(way)
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return found | {"graph": str(error).splitlines()[0]}
+    return found | {"graph_seconds": median_interval(in_turns([{"": replay}], "cuda", 0.2)[""])._asdict()}
