@@ -14,16 +14,20 @@ class Work:
     """One set of inputs, and the ways to do the same with it.
 
     Attributes:
-        ways: name -> a function that does the work once, forward and backward, and returns the tensors of `exact`. OURS
-            is one of them, the others are rivals.
-        exact: gives what all of them must return, in float64 (or from it). None: nothing to compare with.
-        inputs: tensors that are read; their bytes say how many sets it takes to fill the cache.
+        ways: name -> a function that does the work once, forward and backward, and returns tensors. OURS is one of
+            them, a name that ends in "(ours)" is another backend of our own, the others are rivals.
+        exact: way -> what it must return, computed in float64 by plain PyTorch.
+        flops: that any way must do.
+        elements: tensor entries that any way must read from or write to memory.
+        input_bytes: of what is read; says how many sets of inputs it takes to fill the cache.
         missing: rival -> why it is not among `ways`.
     """
 
     ways: dict[str, Callable[[], Sequence[Tensor]]]
-    exact: Callable[[], Sequence[Tensor]] | None
-    inputs: Sequence[Tensor]
+    exact: Callable[[str], Sequence[Tensor]]
+    flops: int
+    elements: int
+    input_bytes: float
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -36,7 +40,6 @@ class Case:
         label: tells it from others of its group.
         sizes: what its cost depends on: B segments, L rows of the longest, P prompt rows, N rows, D features, ...
         make: (device, dtype, seed) -> Work with fresh random inputs.
-        flops, bytes: that any way must do, and move to and from memory: the floor.
         tolerance: largest error allowed to a way, of the largest exact entry, by dtype; above it the way has no time.
         quick: whether --quick runs it.
         sweep: of `sizes`, the one that grows while the others stay: for the fitted exponents.
@@ -47,8 +50,6 @@ class Case:
     label: str
     sizes: dict[str, int]
     make: Callable[[str, torch.dtype, int], Work]
-    flops: int
-    bytes: int = 0
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-5, torch.bfloat16: 3e-2})
     quick: bool = False
     sweep: str | None = None

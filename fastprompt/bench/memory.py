@@ -1,6 +1,6 @@
 """Peak memory of one way: by the allocator on a GPU, on the CPU by the high-water mark of a process of its own.
 
-    python -m fastprompt.bench.memory NAME WAY      prints two numbers, bytes
+python -m fastprompt.bench.memory NAME WAY      prints two numbers, bytes
 """
 
 import os

@@ -14,7 +14,9 @@ from .timing import Way, as_graph, in_turns, launch_seconds, matrix_rate, median
 SETS = 16  # of inputs, at most, however small they are
 
 
-def measure(case: Case, device: str, *, budget: float = 3.0, memory: bool = True, memory_rate: float = math.inf) -> dict:
+def measure(
+    case: Case, device: str, *, budget: float = 3.0, memory: bool = True, memory_rate: float = math.inf
+) -> dict:
     """Check each way against the exact result, time those that are right in turns, and measure their memory.
 
     Args:
@@ -31,30 +33,26 @@ def measure(case: Case, device: str, *, budget: float = 3.0, memory: bool = True
         "group": case.group,
         "sizes": case.sizes,
         "sweep": case.sweep,
-        "flops": case.flops,
-        "bytes": case.bytes,
     }
     torch.compiler.reset()
     works = [case.make(device, dtype, 0)]
     errors = _errors(works[0])
-    record["missing"] = works[0].missing
+    record |= {"flops": works[0].flops, "bytes": works[0].elements * dtype.itemsize, "missing": works[0].missing}
     record["wrong"] = {name: error for name, error in errors.items() if not error <= case.tolerance[dtype]}
     record["ways"] = {}
     if OURS in record["wrong"]:
         return record
-    size = sum(x.nbytes for x in works[0].inputs)
-    sets = min(SETS, max(2, -(-2 * cache_bytes(device) // max(size, 1)))) if size < 2 * cache_bytes(device) else 1
-    works += [case.make(device, dtype, seed) for seed in range(1, sets)]
+    sets = math.ceil(2 * cache_bytes(device) / works[0].input_bytes)  # none finds its inputs in the cache
+    works += [case.make(device, dtype, seed) for seed in range(1, min(SETS, sets))]
     right = [name for name in works[0].ways if name not in record["wrong"]]
     rate = matrix_rate(device, dtype)
     seconds = in_turns([{name: work.ways[name] for name in right} for work in works], device, budget)
     record["sets"] = len(works)
     record["matrix_gflops"] = round(rate / 1e9, 1)
-    record["floor_seconds"] = max(case.flops / rate, case.bytes / memory_rate)
+    record["floor_seconds"] = max(works[0].flops / rate, record["bytes"] / memory_rate)
     for name in right:
         way = record["ways"][name] = {"seconds": median_interval(seconds[name])._asdict(), "turns": len(seconds[name])}
-        if name in errors:
-            way["error"] = errors[name]
+        way["error"] = errors[name]
         if name != OURS:
             way["over_ours"] = ratio_interval(seconds[name], seconds[OURS])._asdict()
         if device == "cuda":
@@ -69,10 +67,7 @@ def measure(case: Case, device: str, *, budget: float = 3.0, memory: bool = True
 
 def _errors(work: Work) -> dict[str, float]:
     """Of each way, the largest error of an entry over the largest exact entry of its tensor."""
-    if work.exact is None:
-        return {}
-    exact = [each.double() for each in work.exact()]
-    return {name: _error(way(), exact) for name, way in work.ways.items()}
+    return {name: _error(way(), work.exact(name)) for name, way in work.ways.items()}
 
 
 def _error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""The command line: fastprompt info | train | evaluate | score."""
+"""The command line: fastprompt info | train | evaluate | score | study | bench."""
 
 import sys
 
@@ -13,7 +13,7 @@ except ImportError as error:  # the console script exists without the extra, too
 
     sys.exit(describe())
 
-from . import adapt, score, study  # noqa: E402, F401  each module adds its commands to the app
+from . import adapt, bench, score, study  # noqa: E402, F401  each module adds its commands to the app
 from .app import app  # noqa: E402
 
 

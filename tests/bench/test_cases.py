@@ -1,0 +1,106 @@
+"""The registry's cases compute what they should; how fast is for `fastprompt bench`."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastprompt.bench import attention, run
+from fastprompt.bench.case import OURS, dtype_of
+from fastprompt.bench.registry import GROUPS, cases, find
+
+ALL = cases()
+CHECKED = [*cases(quick=True), *(case for case in cases(["pooling"]) if not case.quick), find("packing/causal")]
+
+
+def test_names_are_unique_and_found():
+    assert len({case.name for case in ALL}) == len(ALL)
+    assert {case.group for case in ALL} == set(GROUPS)
+    assert find(ALL[-1].name).name == ALL[-1].name
+
+
+def test_every_group_has_a_quick_case():
+    assert {case.group for case in cases(quick=True)} == set(GROUPS)
+    assert len(cases(quick=True)) < len(ALL) / 5
+
+
+def test_sweeps_grow_one_size_alone():
+    sweeps = {}
+    for case in ALL:
+        if case.sweep:
+            others = tuple(value for name, value in case.sizes.items() if name != case.sweep)
+            sweeps.setdefault((case.group, case.sweep, others), []).append(case.sizes[case.sweep])
+    assert {key[:2] for key in sweeps} >= {(group, axis) for group in ("attention", "step") for axis in "BLP"}
+    for sizes in sweeps.values():
+        assert len(sizes) >= 3 and sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("group", ["attention", "unknown"])
+def test_clear_errors(group):
+    with pytest.raises(ValueError, match="groups must be of|name must be that of a case"):
+        cases([group]) if group == "unknown" else find("attention/none")
+
+
+@pytest.mark.parametrize("case", {case.name: case for case in CHECKED}.values(), ids=lambda case: case.name)
+def test_measure(case, device):
+    record = run.measure(case, device, budget=0, memory=False)
+    assert not record["wrong"]
+    assert OURS in record["ways"] and len(record["ways"]) > 1
+    for name, way in record["ways"].items():
+        assert 0 < way["seconds"]["low"] <= way["seconds"]["median"] <= way["seconds"]["high"]
+        assert ("over_ours" in way) == (name != OURS)
+        assert way["error"] <= case.tolerance[dtype_of(device)]
+    assert record["floor_seconds"] > 0 or not record["flops"]
+
+
+SHAPES = [
+    attention.Shape(3, 9, ragged, prefix, 32, heads, kv_heads, causal)
+    for ragged in (False, True)
+    for prefix in (0, 5)
+    for heads, kv_heads in ((4, 4), (4, 2))
+    for causal in (False, True)
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.label)
+def test_all_ways_of_attention_agree(shape, device):
+    work = attention.Batch(shape, device, dtype_of(device), 0).work()
+    for name, error in run._errors(work).items():
+        assert error < (1e-5 if device == "cpu" else 3e-2), name
+
+
+def _broken(case, way: str, factor: float):
+    """The case with one way's results multiplied."""
+
+    def make(*arguments):
+        work = case.make(*arguments)
+        right = work.ways[way]
+        work.ways[way] = lambda: [x * factor for x in right()]
+        return work
+
+    return dataclasses.replace(case, make=make)
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_what_is_wrong_has_no_time(factor):
+    case = find("alignment/cosine-N64-D384")
+    ours = run.measure(_broken(case, OURS, factor), "cpu", budget=0, memory=False)
+    assert list(ours["wrong"]) == [OURS] and not ours["ways"]
+    rival = run.measure(_broken(case, "eager", factor), "cpu", budget=0, memory=False)
+    assert list(rival["wrong"]) == ["eager"] and set(rival["ways"]) == {OURS, "compiled"}
+
+
+def test_peak_memory_is_that_of_the_way():
+    case = dataclasses.replace(find("alignment/infonce-N4096-D384"), memory=(OURS, "eager"))
+    ways = run.measure(case, "cpu", budget=0)["ways"]
+    similarities = 4096**2 * 4
+    assert ways["eager"]["peak_bytes"] > 2 * similarities  # and their gradient
+    assert ways[OURS]["peak_bytes"] < similarities
+    assert ways["eager"]["resident_bytes"] > ways["eager"]["peak_bytes"]
+
+
+def test_inputs_are_fresh_and_repeatable():
+    case = find("alignment/cosine-N64-D384")
+    first, again, other = (case.make("cpu", torch.float32, seed).ways[OURS]()[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
