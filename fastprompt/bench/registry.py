@@ -7,19 +7,23 @@ from .case import Case
 GROUPS = ("attention", "alignment", "packing", "pooling", "step")
 
 
-def cases(groups: Sequence[str] = GROUPS, *, quick: bool = False) -> list[Case]:
-    """The cases of some groups, in the order of `groups`; with `quick` a few of each.
+def cases(names: Sequence[str] = GROUPS, *, quick: bool = False) -> list[Case]:
+    """The cases of some groups, or those whose names begin so; with `quick` a few of each.
 
     Raises:
-        ValueError: a group there is not.
+        ValueError: no case has such a name.
     """
     from . import alignment, attention, packing, pooling, step
 
     modules = dict(zip(GROUPS, (attention, alignment, packing, pooling, step), strict=True))
-    unknown = [group for group in groups if group not in modules]
-    if unknown:
-        raise ValueError(f"groups must be of {GROUPS}, got {unknown}")
-    return [case for group in groups for case in modules[group].cases() if case.quick or not quick]
+    found = []
+    for name in names:
+        group = modules.get(name.partition("/")[0])
+        fitting = [case for case in group.cases() if f"{case.name}/".startswith(name)] if group else []
+        if not fitting:
+            raise ValueError(f"names must be of {GROUPS}, or begin the name of a case, got {name!r}")
+        found += [case for case in fitting if case.quick or not quick]
+    return found
 
 
 def find(name: str) -> Case:

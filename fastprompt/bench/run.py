@@ -36,15 +36,16 @@ def measure(
     }
     torch.compiler.reset()
     works = [case.make(device, dtype, 0)]
-    errors = _errors(works[0])
-    record |= {"flops": works[0].flops, "bytes": works[0].elements * dtype.itemsize, "missing": works[0].missing}
+    errors, failed = _errors(works[0])
+    record |= {"flops": works[0].flops, "bytes": works[0].elements * dtype.itemsize}
+    record["missing"] = works[0].missing | failed
     record["wrong"] = {name: error for name, error in errors.items() if not error <= case.tolerance[dtype]}
     record["ways"] = {}
     if OURS in record["wrong"]:
         return record
     sets = math.ceil(2 * cache_bytes(device) / works[0].input_bytes)  # none finds its inputs in the cache
     works += [case.make(device, dtype, seed) for seed in range(1, min(SETS, sets))]
-    right = [name for name in works[0].ways if name not in record["wrong"]]
+    right = [name for name in errors if name not in record["wrong"]]
     rate = matrix_rate(device, dtype)
     seconds = in_turns([{name: work.ways[name] for name in right} for work in works], device, budget)
     record["sets"] = len(works)
@@ -65,9 +66,17 @@ def measure(
     return record
 
 
-def _errors(work: Work) -> dict[str, float]:
-    """Of each way, the largest error of an entry over the largest exact entry of its tensor."""
-    return {name: _error(way(), work.exact(name)) for name, way in work.ways.items()}
+def _errors(work: Work) -> tuple[dict[str, float], dict[str, str]]:
+    """Of each way, the largest error of an entry over the largest exact entry of its tensor; why a rival failed."""
+    errors, failed = {}, {}
+    for name, way in work.ways.items():
+        try:
+            errors[name] = _error(way(), work.exact(name))
+        except Exception as error:  # whatever a rival raises: the others can still be measured
+            if name == OURS:
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return errors, failed
 
 
 def _error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

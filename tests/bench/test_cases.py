@@ -7,6 +7,7 @@ import torch
 
 from fastprompt.bench import attention, run
 from fastprompt.bench.case import OURS, dtype_of
+from fastprompt.bench.memory import peak_bytes
 from fastprompt.bench.registry import GROUPS, cases, find
 
 ALL = cases()
@@ -35,10 +36,15 @@ def test_sweeps_grow_one_size_alone():
         assert len(sizes) >= 3 and sizes == sorted(set(sizes))
 
 
-@pytest.mark.parametrize("group", ["attention", "unknown"])
-def test_clear_errors(group):
-    with pytest.raises(ValueError, match="groups must be of|name must be that of a case"):
-        cases([group]) if group == "unknown" else find("attention/none")
+def test_names_choose():
+    assert {case.group for case in cases(["pooling", "packing"])} == {"pooling", "packing"}
+    assert [case.label for case in cases(["pooling/mean-s"])] == ["mean-sentences-384", "mean-sentences-768"]
+    with pytest.raises(ValueError, match="names must .*unknown"):
+        cases(["attention", "unknown"])
+    with pytest.raises(ValueError, match="names must .*attention/none"):
+        cases(["attention/none"])
+    with pytest.raises(ValueError, match="name must .*attention/B8"):
+        find("attention/B8")
 
 
 @pytest.mark.parametrize("case", {case.name: case for case in CHECKED}.values(), ids=lambda case: case.name)
@@ -65,17 +71,19 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.label)
 def test_all_ways_of_attention_agree(shape, device):
     work = attention.Batch(shape, device, dtype_of(device), 0).work()
-    for name, error in run._errors(work).items():
+    errors, failed = run._errors(work)
+    assert not failed and set(errors) == set(work.ways)
+    for name, error in errors.items():
         assert error < (1e-5 if device == "cpu" else 3e-2), name
 
 
-def _broken(case, way: str, factor: float):
-    """The case with one way's results multiplied."""
+def _changed(case, way: str, change):
+    """The case with what one way returns changed."""
 
     def make(*arguments):
         work = case.make(*arguments)
         right = work.ways[way]
-        work.ways[way] = lambda: [x * factor for x in right()]
+        work.ways[way] = lambda: [change(x) for x in right()]
         return work
 
     return dataclasses.replace(case, make=make)
@@ -84,19 +92,36 @@ def _broken(case, way: str, factor: float):
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_what_is_wrong_has_no_time(factor):
     case = find("alignment/cosine-N64-D384")
-    ours = run.measure(_broken(case, OURS, factor), "cpu", budget=0, memory=False)
+    ours = run.measure(_changed(case, OURS, lambda x: x * factor), "cpu", budget=0, memory=False)
     assert list(ours["wrong"]) == [OURS] and not ours["ways"]
-    rival = run.measure(_broken(case, "eager", factor), "cpu", budget=0, memory=False)
+    rival = run.measure(_changed(case, "eager", lambda x: x * factor), "cpu", budget=0, memory=False)
     assert list(rival["wrong"]) == ["eager"] and set(rival["ways"]) == {OURS, "compiled"}
 
 
+def test_a_rival_that_fails_is_missing():
+    def fail(x):
+        raise NotImplementedError("not for this device\nand more")
+
+    case = find("alignment/cosine-N64-D384")
+    record = run.measure(_changed(case, "eager", fail), "cpu", budget=0, memory=False)
+    assert record["missing"] == {"eager": "NotImplementedError: not for this device"}
+    assert set(record["ways"]) == {OURS, "compiled"}
+    with pytest.raises(NotImplementedError):
+        run.measure(_changed(case, OURS, fail), "cpu", budget=0, memory=False)
+
+
 def test_peak_memory_is_that_of_the_way():
-    case = dataclasses.replace(find("alignment/infonce-N4096-D384"), memory=(OURS, "eager"))
-    ways = run.measure(case, "cpu", budget=0)["ways"]
-    similarities = 4096**2 * 4
-    assert ways["eager"]["peak_bytes"] > 2 * similarities  # and their gradient
-    assert ways[OURS]["peak_bytes"] < similarities
-    assert ways["eager"]["resident_bytes"] > ways["eager"]["peak_bytes"]
+    case = find("alignment/infonce-N2048-D384-grow-N")
+    similarities = 2048**2 * 4
+    (ours, _), (eager, resident) = (peak_bytes(case, way, "cpu") for way in (OURS, "eager"))
+    assert eager > 2 * similarities  # and their gradient
+    assert 0 < ours < eager / 2
+    assert resident > eager
+
+
+def test_memory_of_what_is_not_there_is_told():
+    with pytest.raises(RuntimeError, match="cosine-N64.*none"):
+        peak_bytes(find("alignment/cosine-N64-D384"), "none", "cpu")
 
 
 def test_inputs_are_fresh_and_repeatable():
