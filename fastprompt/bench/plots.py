@@ -54,7 +54,6 @@ def write_plots(result: dict, folder: Path) -> list[Path]:
 
 
 def _rivals(figure, records: Sequence[dict]) -> None:
-    ticker = require("matplotlib.ticker", "train")
     axes = figure.subplots()
     for number, way in enumerate(dict.fromkeys(way for record in records for way in _others(record)), start=1):
         found = sorted((_size(record), over_ours(record, way)) for record in records if way in _others(record))
@@ -66,8 +65,8 @@ def _rivals(figure, records: Sequence[dict]) -> None:
         axes.errorbar(sizes, medians, [below, above], linestyle="", elinewidth=1, label=way, **look)
     axes.axhline(1, color="#666666", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel=_size_label(records), ylabel="time over ours (above 1: ours is faster)")
-    axes.yaxis.set_major_formatter(ticker.LogFormatter())
-    axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    _plain_numbers(axes.yaxis)
+    axes.set_title(records[0]["group"])
     figure.legend(loc="outside upper center", ncols=4)
 
 
@@ -77,6 +76,7 @@ def _rate(figure, records: Sequence[dict]) -> None:
     axes.plot(*zip(*found, strict=True), _MARKERS[0], color=_COLOURS[0], markersize=5)
     axes.set(xscale="log", xlabel=_size_label(records), ylabel="useful FLOP/s of ours, % of the matrix rate")
     axes.set_ylim(bottom=0)
+    axes.set_title(records[0]["group"])
 
 
 def _growth(figure, growth: Growth) -> None:
@@ -94,8 +94,19 @@ def _growth(figure, growth: Growth) -> None:
                 sizes, [scale * value for value in values], marker=marker, color=colour, label=_exponent(way, fit)
             )
         axes.set(xscale="log", yscale="log", xlabel=growth.sweep, ylabel=label)
+        _plain_numbers(axes.yaxis)
+        sizes = sorted({size for fit in fits.values() for size, _ in fit.points})
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.xaxis.minorticks_off()
         axes.legend(fontsize=8)
     figure.suptitle(f"{growth.label}: exponents of {growth.sweep}, in brackets over the upper half", fontsize=10)
+
+
+def _plain_numbers(axis) -> None:
+    ticker = require("matplotlib.ticker", "train")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _exponent(way: str, fit: Fit) -> str:
