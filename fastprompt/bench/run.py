@@ -83,7 +83,8 @@ def _error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     worst = 0.0
     for one, want in zip(got, exact, strict=True):
         if want.numel():
-            error = ((one.detach().double() - want).abs().max() / want.abs().max()).item()
+            largest = want.abs().max().clamp(min=torch.finfo(want.dtype).tiny)
+            error = ((one.detach().double() - want).abs().max() / largest).item()
             worst = error if math.isnan(error) else max(worst, error)
             if math.isnan(worst):
                 break

@@ -58,11 +58,13 @@ def in_turns(sets: Sequence[dict[str, Way]], device: str, budget: float, width: 
     seconds: dict[str, list[float]] = {name: [] for name in sets[0]}
     begin = time.perf_counter()
     for turn in range(MOST):
-        ways = sets[turn % len(sets)]
-        names = list(ways) if turn % 2 else list(ways)[::-1]  # none always runs after the same one
-        for name in names:
+        ways, names = sets[turn % len(sets)], list(seconds)
+        first = (
+            turn // len(sets) % len(names)
+        )  # whom one follows matters: each is first, and last, as often on each set
+        for name in names[first:] + names[:first]:
             seconds[name].append(timer(name, ways[name]))
-        if turn + 1 < FEWEST:
+        if (turn + 1) % FEWEST:  # to stop as soon as the interval happens to be narrow would make it less sure
             continue
         spent = time.perf_counter() - begin
         if spent > budget or all(_known(each, width) for each in seconds.values()):
@@ -128,19 +130,19 @@ def as_graph(way: Way) -> Way:
     return graph.replay
 
 
-def matrix_rate(device: str, dtype: torch.dtype, turns: int = 9) -> float:
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of torch's own matrix product here and now: the best of several."""
     size = 1024 if device == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _best(lambda: torch.mm(a, b), device, turns)
+    return 2 * size**3 / _best(lambda: torch.mm(a, b), device)
 
 
-def memory_rate(device: str, turns: int = 5) -> float:
+def memory_rate(device: str) -> float:
     """Bytes per second that a copy of what no cache holds reads and writes: the best of several."""
     source = torch.zeros(2**26 if device == "cpu" else 2**29, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best(lambda: target.copy_(source), device, turns)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
 
-def _best(way: Way, device: str, turns: int) -> float:
-    return min(in_turns([{"": way}], device, budget=0.0)[""][:turns])
+def _best(way: Way, device: str) -> float:
+    return min(in_turns([{"": way}], device, budget=0.0)[""])

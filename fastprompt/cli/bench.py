@@ -41,12 +41,13 @@ def bench(
     """
     with one_clear_error():
         if compare:
-            from fastprompt.bench.compare import changes, table
+            from fastprompt.bench import compare as comparison
             from fastprompt.bench.records import read
 
-            found = changes(*map(read, compare))
-            typer.echo(table(found))
-            raise typer.Exit(2 if any(change.kind == "regression" for change in found) else 0)
+            old, new = map(read, compare)
+            changes = comparison.compare(old, new)
+            typer.echo("\n".join([*comparison.notes(old, new), comparison.table(changes)]))
+            raise typer.Exit(2 if any(change.kind == comparison.REGRESSION for change in changes) else 0)
         if models:
             os.environ["FASTPROMPT_MODELS"] = str(models)
         if pairs:
