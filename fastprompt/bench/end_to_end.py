@@ -59,7 +59,7 @@ def measure_jobs(
         train, test: training and held-out examples; of the pairs, those of the accuracy job are two examples each.
         evaluate_every: steps between two scores.
         targets: scores whose time is told. Default: halfway between the score before training and the best that both
-            ways reach, rounded down to two digits; none where one of them reaches nothing better.
+            ways reach, rounded down to two digits; none where that is no better than before.
 
     Yields:
         What `fastprompt.bench.run.measure` returns, with another content of "ways". Of each way:
@@ -171,7 +171,8 @@ def seconds_to(target: float, curve: Sequence[tuple[int, float, float]]) -> floa
 def _target(curves: Sequence[Sequence]) -> list[float]:
     before = max(curve[0][2] for curve in curves)
     best = min(max(score for _, _, score in curve) for curve in curves)
-    return [math.floor(50 * (before + best) + 1e-9) / 100] if best > before else []
+    target = math.floor(50 * (before + best) + 1e-9) / 100
+    return [target] if target > before else []
 
 
 def _curve(rounds: Sequence[dict]) -> list[list]:

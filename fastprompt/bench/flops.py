@@ -53,34 +53,27 @@ def _formulas() -> dict:
     }
 
 
-def _attention(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options, out_val=None) -> int:
-    own, prefix = _products(query, prefix_key, cu_seqlens, *options)
+def _attention(*arguments, out_val: object) -> int:
+    query, _, _, prefix_key, _, cu_seqlens, _, *options = arguments
+    own, prefix = _product(query, prefix_key, cu_seqlens, *options)
     return 2 * (own + prefix)
 
 
-def _attention_backward(
-    grad, query, key, value, prefix_key, prefix_value, out, lse, cu_seqlens, prefix_index, *options, out_val=None
-) -> int:
-    *options, for_query, for_key, for_value, for_prefix_key, for_prefix_value = options
-    own, prefix = _products(query, prefix_key, cu_seqlens, *options)
+def _attention_backward(*arguments, out_val: object) -> int:
+    _, query, _, _, prefix_key, _, _, _, cu_seqlens, _, *options = arguments[:-5]
+    for_query, for_key, for_value, for_prefix_key, for_prefix_value = arguments[-5:]
+    own, prefix = _product(query, prefix_key, cu_seqlens, *options)
 
-    def done(key: bool, value: bool) -> int:
-        return for_query + key + value and 1 + (for_query or key) + for_query + key + value
+    def products(for_key: bool, for_value: bool) -> int:
+        wanted = for_query + for_key + for_value
+        return 1 + (for_query or for_key) + wanted if wanted else 0
 
-    return own * done(for_key, for_value) + prefix * done(for_prefix_key, for_prefix_value)
+    return own * products(for_key, for_value) + prefix * products(for_prefix_key, for_prefix_value)
 
 
-def _products(
-    query: Tensor,
-    prefix_key: Tensor,
-    cu_seqlens: Tensor,
-    prompt_rows: int,
-    is_causal: bool,
-    scale: float,
-    window: int,
-    prefix_in_window: bool,
-) -> tuple[int, int]:
+def _product(query: Tensor, prefix_key: Tensor, cu_seqlens: Tensor, *options) -> tuple[int, int]:
     """FLOPs of one product of the rows with those of their segments, and of one with the prefix."""
+    prompt_rows, is_causal, _, window, _ = options
     if prompt_rows or is_causal or window >= 0:
         raise NotImplementedError("FLOPs of causal attention and of attention in a window are not counted")
     rows, heads, features = query.shape
@@ -88,26 +81,13 @@ def _products(
     return 2 * pairs * heads * features, 2 * rows * prefix_key.shape[2] * heads * features
 
 
-def _alignment(
-    student,
-    teacher,
-    weight,
-    bias,
-    row_weight,
-    row_grad,
-    normalize,
-    distances,
-    temperature,
-    reduction,
-    for_student,
-    for_teacher,
-    for_weight,
-    *others,
-    out_val=None,
-) -> int:
-    from fastprompt.ops.alignment.native import DISTANCES
+def _alignment(*arguments, out_val: object) -> int:
+    from fastprompt.ops.alignment.native import DISTANCES  # here: it needs the library
 
+    student, _, weight, _, _, _, _, distances, *_ = arguments
+    for_student, for_teacher, for_weight, _, _ = arguments[-5:]
     projection, similarity = 2 * len(student) * weight.numel(), 2 * len(student) ** 2 * len(weight)
-    infonce = bool(distances & DISTANCES["infonce"])
-    down = for_student or for_weight  # the loss's gradient to what was projected
-    return projection * (1 + for_student + for_weight) + infonce * similarity * (1 + down + for_teacher)
+    if not distances & DISTANCES["infonce"]:
+        similarity = 0
+    through = for_student or for_weight  # the gradient of what was projected
+    return projection * (1 + for_student + for_weight) + similarity * (1 + through + for_teacher)

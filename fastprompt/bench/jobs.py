@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fastprompt._extras import require
 from fastprompt._measure import peak_memory_mb
@@ -52,7 +51,7 @@ def run_job(job: str, way: str, settings: Settings) -> dict:
         torch.set_num_threads(settings.threads)
     test, train = split_pairs(distinct(read_pairs(settings.parallel)), settings.test, settings.train, SEED)
     if job == "accuracy":
-        return _accuracy(way, settings, _examples(train[: settings.train // 2]), _examples(test[: settings.test // 2]))
+        return _accuracy(way, settings, _examples(train, settings.train), _examples(test, settings.test))
     return (_fused_retrieval if way == OURS else _stock_retrieval)(settings, train, test)
 
 
@@ -137,8 +136,8 @@ def _fused_retrieval(settings: Settings, pairs: Sequence[Pair], held_out: Sequen
     course = _Course(settings, sentences, _recall(before, english))
 
     def on_step(record: dict) -> None:
-        score = lambda: _recall(record["learner"].vectors(queries)[0], english)  # noqa: E731
-        course.step(record["seconds"], record["loss"], score)
+        vectors = record["learner"].vectors
+        course.step(record["seconds"], record["loss"], lambda: _recall(vectors(queries)[0], english))
 
     with TemporaryDirectory() as folder:
         out, cache = Path(folder) / "run", Path(folder) / "cache"
@@ -165,16 +164,18 @@ def _stock_retrieval(settings: Settings, pairs: Sequence[Pair], held_out: Sequen
     return course.result(job.loss)
 
 
-def _examples(pairs: Sequence[Pair]) -> list[tuple[str, str, int]]:
-    """Each English sentence twice: with its translation, 1, and with another's, 0."""
+def _examples(pairs: Sequence[Pair], count: int) -> list[tuple[str, str, int]]:
+    """English sentences, each twice: with its translation, 1, and with another's, 0."""
+    pairs = pairs[: (count + 1) // 2]
     order = random.Random(SEED).sample(range(len(pairs)), len(pairs))
     other = dict(zip(order, order[1:] + order[:1], strict=True))
     translated = [(pair.source, pair.target, 1) for pair in pairs]
-    return translated + [(pair.source, pairs[other[n]].target, 0) for n, pair in enumerate(pairs)]
+    return (translated + [(pair.source, pairs[other[n]].target, 0) for n, pair in enumerate(pairs)])[:count]
 
 
 def _accuracy(way: str, settings: Settings, examples: Sequence[tuple], held_out: Sequence[tuple]) -> dict:
     import fastprompt
+    from fastprompt.training.encoding import batch_of
 
     transformers, peft = require("transformers", "train"), require("peft", "bench")
     torch.manual_seed(SEED)
@@ -192,21 +193,15 @@ def _accuracy(way: str, settings: Settings, examples: Sequence[tuple], held_out:
     head = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter is not prefix]
     optimizer = torch.optim.AdamW([{"params": [prefix], "lr": 1e-2}, {"params": head, "lr": 1e-3}])
 
-    def prepared(examples: Sequence[tuple]) -> tuple[list[Tensor], Tensor]:
+    def prepared(examples: Sequence[tuple]) -> tuple[list[list[int]], Tensor]:
         first, second, labels = zip(*examples, strict=True)
-        ids = tokenizer(list(first), list(second), truncation=True, max_length=256)["input_ids"]
-        return [torch.tensor(each) for each in ids], torch.tensor(labels)
-
-    def inputs(sentences: Sequence[Tensor]) -> dict[str, Tensor]:
-        ids = pad_sequence(sentences, batch_first=True, padding_value=tokenizer.pad_token_id)
-        length = torch.tensor([len(sentence) for sentence in sentences])
-        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < length[:, None]).long()}
+        return tokenizer(list(first), list(second), truncation=True, max_length=256)["input_ids"], torch.tensor(labels)
 
     sentences, labels = prepared(examples)
     queries, answers = prepared(held_out)
 
     def loss(batch: list[int]) -> Tensor:
-        return model(**inputs([sentences[n] for n in batch]), labels=labels[batch]).loss
+        return model(**batch_of([sentences[n] for n in batch], "cpu"), labels=labels[batch]).loss
 
     def step(batch: list[int]) -> Tensor:
         found = loss(batch)
@@ -218,7 +213,7 @@ def _accuracy(way: str, settings: Settings, examples: Sequence[tuple], held_out:
     @torch.no_grad()
     def score() -> float:
         parts = (queries[begin : begin + BATCH] for begin in range(0, len(queries), BATCH))
-        logits = torch.cat([model(**inputs(part)).logits for part in parts])
+        logits = torch.cat([model(**batch_of(part, "cpu")).logits for part in parts])
         return (logits.argmax(1) == answers).double().mean().item()
 
     course = _Course(settings, sentences, score())
