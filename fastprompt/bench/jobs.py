@@ -190,8 +190,8 @@ def _accuracy(way: str, settings: Settings, examples: Sequence[tuple], held_out:
         prefix.mul_(0.1)  # at full scale the prefix drowns the sentence to begin with
     if way == OURS:
         fastprompt.fuse(model)
-    head = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter is not prefix]
-    optimizer = torch.optim.AdamW([{"params": [prefix], "lr": 1e-2}, {"params": head, "lr": 1e-3}])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # with the head
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
 
     def prepared(examples: Sequence[tuple]) -> tuple[list[list[int]], Tensor]:
         first, second, labels = zip(*examples, strict=True)

@@ -231,7 +231,10 @@ def test_arguments_that_do_not_fit(places, monkeypatch, changes, message):
         measure_jobs(**given)
 
 
-def test_a_process_that_fails_says_why(places, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="end-to-end/accuracy, ours: (.|\n)*Error"):
-        next(measure_jobs(str(tmp_path), places[1], jobs=["accuracy"], train=32, test=16))
+def test_a_process_that_fails_says_why(places, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho the reason >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(end_to_end.sys, "executable", str(program))
+    with pytest.raises(RuntimeError, match="end-to-end/accuracy, ours: the reason"):
+        next(measure_jobs(*places, jobs=["accuracy"], train=32, test=16))
