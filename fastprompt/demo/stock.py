@@ -61,6 +61,68 @@ def alignment_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tens
     return contrastive + (1 - cosine.diagonal()).mean()
 
 
+class Job:
+    """The prefix, what trains beside it, and the sentences: made ready for the first step.
+
+    Args:
+        backbone: folder of the encoder and its tokenizer.
+        train: pairs to train on.
+        text_prefix: put before each sentence.
+        seed: of what begins at random.
+
+    Attributes:
+        plain, student: the encoder without and with the prefix.
+        prefix: its rows, (16, layers * 2 * D).
+        projection: makes the student's vectors comparable with the teacher's.
+    """
+
+    def __init__(self, backbone: str, train: Sequence[Pair], *, text_prefix: str, seed: int) -> None:
+        transformers, peft = require("transformers", "train"), require("peft", "train")
+        torch.manual_seed(seed)
+        self._tokenizer, self._text_prefix = transformers.AutoTokenizer.from_pretrained(backbone), text_prefix
+        base = transformers.AutoModel.from_pretrained(backbone, add_pooling_layer=False, dtype=torch.float32).eval()
+        base.requires_grad_(False)
+        self._translations = self.tokens(pair.target for pair in train)
+        self.plain = Encoder(base, self._tokenizer.pad_token_id)
+        self._teacher = self.plain.all(self.tokens(pair.source for pair in train))
+
+        config = peft.PrefixTuningConfig(task_type=peft.TaskType.FEATURE_EXTRACTION, num_virtual_tokens=16)
+        model = peft.get_peft_model(base, config).eval()
+        self.prefix = model.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            self.prefix.mul_(0.1)  # at full scale the prefix drowns the sentence to begin with
+        self.projection = nn.Linear(base.config.hidden_size, base.config.hidden_size, bias=False)
+        nn.init.eye_(self.projection.weight)
+        self._optimizer = torch.optim.AdamW(
+            [{"params": [self.prefix], "lr": 1e-2}, {"params": self.projection.parameters(), "lr": 1e-4}]
+        )
+        self.student = Encoder(model, self._tokenizer.pad_token_id)
+
+    def tokens(self, sentences: Iterable[str]) -> list[Tensor]:
+        """Token ids of each sentence."""
+        texts = [self._text_prefix + sentence for sentence in sentences]
+        ids = self._tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        return [torch.tensor(each) for each in ids]
+
+    def loss(self, batch: Sequence[int]) -> Tensor:
+        """Of the training pairs of these numbers."""
+        student = self.student([self._translations[n] for n in batch])
+        return alignment_loss(self.projection(student), self._teacher[batch], 0.05)
+
+    def step(self, batch: Sequence[int]) -> Tensor:
+        """One step of training on these pairs; the loss before it."""
+        loss = self.loss(batch)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def vectors(self, sentences: Sequence[Tensor]) -> Tensor:
+        """(N, D) vectors of sentences in the target language, comparable with those of `plain` in English."""
+        return self.projection(self.student.all(sentences))
+
+
 def run(
     backbone: str,
     train: Sequence[Pair],
@@ -72,40 +134,13 @@ def run(
     seed: int,
 ) -> dict:
     """Train, score the test pairs without and with what was learned, and return what the module's docstring lists."""
-    transformers, peft = require("transformers", "train"), require("peft", "train")
-    torch.manual_seed(seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(backbone)
-    base = transformers.AutoModel.from_pretrained(backbone, add_pooling_layer=False, dtype=torch.float32).eval()
-    base.requires_grad_(False)
-
-    def tokens(sentences: Iterable[str]) -> list[Tensor]:
-        texts = [text_prefix + sentence for sentence in sentences]
-        return [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
-
-    translations = tokens(pair.target for pair in train)
-    plain = Encoder(base, tokenizer.pad_token_id)
-    teacher = plain.all(tokens(pair.source for pair in train))
-
-    config = peft.PrefixTuningConfig(task_type=peft.TaskType.FEATURE_EXTRACTION, num_virtual_tokens=16)
-    model = peft.get_peft_model(base, config).eval()
-    prefix = model.prompt_encoder["default"].embedding.weight
-    with torch.no_grad():
-        prefix.mul_(0.1)  # at full scale the prefix drowns the sentence to begin with
-    projection = nn.Linear(base.config.hidden_size, base.config.hidden_size, bias=False)
-    nn.init.eye_(projection.weight)
-    optimizer = torch.optim.AdamW([{"params": [prefix], "lr": 1e-2}, {"params": projection.parameters(), "lr": 1e-4}])
-
-    student = Encoder(model, tokenizer.pad_token_id)
+    job = Job(backbone, train, text_prefix=text_prefix, seed=seed)
     seconds, order, shuffle = [], list(range(len(train))), random.Random(seed)
     for _ in range(epochs):
         shuffle.shuffle(order)
         for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
             start = time.perf_counter()
-            loss = alignment_loss(projection(student([translations[n] for n in batch])), teacher[batch], 0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = job.step(order[begin : begin + batch_size])
             seconds.append(time.perf_counter() - start)
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss is {loss.item()} at step {len(seconds)}")
@@ -115,10 +150,12 @@ def run(
         "peak_memory_mb": peak_memory_mb(),  # before scoring, which is no part of the job
         "steps": len(seconds),
     }
-    queries, english = tokens(pair.target for pair in test), plain.all(tokens(pair.source for pair in test))
-    with torch.no_grad():
-        adapted = projection(student.all(queries))
-    scores = {"without": retrieval_scores(plain.all(queries), english), "with": retrieval_scores(adapted, english)}
+    queries, english = (job.tokens(getattr(pair, side) for pair in test) for side in ("target", "source"))
+    english = job.plain.all(english)
+    scores = {
+        "without": retrieval_scores(job.plain.all(queries), english),
+        "with": retrieval_scores(job.vectors(queries), english),
+    }
     return result | {"scores": scores}
 
 

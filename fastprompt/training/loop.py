@@ -51,7 +51,8 @@ def train(
         resume: go on with the run in `out`. Its settings, backbone and pairs must be the same; `epochs` may differ.
         cache: folder of what is computed once, the teacher's vectors and the lower layers' hidden states; see
             `fastprompt.training.cache`.
-        on_step: called after each step with its metrics: step, steps (in all), epoch, loss and its parts, seconds.
+        on_step: called after each step with its metrics: step, steps (in all), epoch, loss and its parts, seconds; and
+            with the learner as it then is.
 
     Returns:
         What was learned. `out`/summary.json tells whether all steps were done.
@@ -127,7 +128,7 @@ def train(
             record = {"step": step, "epoch": epoch + 1, **values, "seconds": time.perf_counter() - start}
             run.record(**record)
             if on_step is not None:
-                on_step(record | {"steps": len(steps)})
+                on_step(record | {"steps": len(steps), "learner": learner})
             if step == len(steps) or steps[step][0] > epoch:
                 save()
         if saved != step:
