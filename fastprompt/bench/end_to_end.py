@@ -2,9 +2,8 @@
 
 - retrieval: a prefix trained so that translations find their English sentences, `fastprompt.training.train` against the
   demo's stock job. The score is R@1 of the held-out pairs, at first without any prefix.
-- accuracy: does a sentence translate the English one, or another line of the file? A PeftModel with prefix and
-  classification head in one and the same loop, as it is and after `fastprompt.fuse`. It is hard: multilingual-e5-small
-  is still at chance after 75 steps. The time of a step and the loss compare all the same.
+- accuracy: is a sentence English or the other language? A PeftModel with prefix and classification head in one and the
+  same loop, as it is and after `fastprompt.fuse`.
 
 Both ways of a job begin with the same weights and take the same batches, so that their losses must agree. Each runs in
 a process of its own, on the CPU; Linux only.
@@ -28,6 +27,7 @@ from fastprompt.tasks.parallel import read_pairs
 
 from .case import OURS
 from .jobs import BATCH, JOBS, PREFIX_ROWS, SCORES, WAYS, Settings, distinct, run_job
+from .records import END_TO_END
 from .timing import Interval, median_interval
 
 COMPARED_STEPS = 5  # from here on rounding errors have grown too much
@@ -57,7 +57,7 @@ def measure_jobs(
         steps: of a job, at least: it does whole epochs. No more is trained on than so many steps take in one.
         rounds: how often each way runs; the seconds of the steps are pooled.
         threads: of PyTorch; None: as the environment says.
-        train, test: training and held-out examples; of the pairs, those of the accuracy job are two examples each.
+        train, test: training and held-out pairs; accuracy takes one sentence of each.
         evaluate_every: steps between two scores.
         targets: scores whose time is told. Default: halfway between the score before training and the best that both
             ways reach, rounded down to two digits; none where that is no better than before.
@@ -65,7 +65,7 @@ def measure_jobs(
     Yields:
         What `fastprompt.bench.run.measure` returns, with another content of "ways". Of each way:
         "seconds_per_step": median and interval, without the first three steps of a run;
-        "tokens_per_second": text tokens of the target sentences (accuracy: of both) that go through the model, without
+        "tokens_per_second": text tokens of the sentences that go through the model, without
             padding and prefix, in these steps;
         "flops_per_step": see `fastprompt.bench.flops`; mean of some steps;
         "seconds_to": seconds of training, without evaluation, at the first score that reaches a target, or None;
@@ -124,8 +124,8 @@ def record_of(job: str, settings: Settings, runs: dict[str, list[dict]], targets
     """The record of a job, of what the rounds of each way gave; see `run_job`."""
     first = runs[OURS][0]
     record = {
-        "name": f"end-to-end/{job}",
-        "group": "end-to-end",
+        "name": f"{END_TO_END}/{job}",
+        "group": END_TO_END,
         "sizes": {
             "batch": BATCH,
             "P": PREFIX_ROWS,

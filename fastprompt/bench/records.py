@@ -36,6 +36,7 @@ from .case import OURS
 from .timing import Interval
 
 FORMAT = 1
+END_TO_END = "end-to-end"  # the group of whole trainings
 
 
 def write(path: Path, result: dict) -> None:

@@ -9,7 +9,7 @@ from fastprompt.experiments.wording import counted, listed
 
 from .case import OURS
 from .growth import Fit, growths
-from .records import best_rival, is_ours, over_ours, rivals, seconds, useful_flops
+from .records import END_TO_END, best_rival, is_ours, over_ours, rivals, seconds, useful_flops
 from .timing import Interval
 from .wording import (
     MISSING,
@@ -22,8 +22,6 @@ from .wording import (
     share_text,
     time_text,
 )
-
-END_TO_END = "end-to-end"
 
 
 def markdown(result: dict) -> str:

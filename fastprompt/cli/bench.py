@@ -70,15 +70,15 @@ def _measure(
     from fastprompt.bench.run import measure
     from fastprompt.bench.table import live_table
 
-    names = [*registry.GROUPS, end_to_end.GROUP]
+    names = [*registry.GROUPS, records.END_TO_END]
     chosen = names if "all" in groups else groups
-    jobs = end_to_end.GROUP in chosen
+    jobs = records.END_TO_END in chosen
     if jobs and not (models and parallel):
         if "all" not in groups:
-            raise ValueError(f"models and parallel must be given for {end_to_end.GROUP}")
-        typer.echo(f"{end_to_end.GROUP} is left out: it needs --models, with {ENCODER}, and --parallel")
+            raise ValueError(f"models and parallel must be given for {records.END_TO_END}")
+        typer.echo(f"{records.END_TO_END} is left out: it needs --models, with {ENCODER}, and --parallel")
         jobs = False
-    cases = registry.cases([name for name in chosen if name != end_to_end.GROUP], quick=quick)
+    cases = registry.cases([name for name in chosen if name != records.END_TO_END], quick=quick)
     budget = budget if budget is not None else 0.5 if quick else 3.0
     result = {
         "format": records.FORMAT,
