@@ -1,6 +1,7 @@
 """measure: one case, checked and then timed."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from .case import OURS, Case, Work, dtype_of
 from .machine import cache_bytes
 from .memory import peak_bytes
-from .timing import Way, as_graph, in_turns, launch_seconds, matrix_rate, median_interval, ratio_interval
+from .timing import Way, as_graph, in_turns, launch_seconds, median_interval, ratio_interval, square_product
 
+PRODUCT = "square product"
 SETS = 16  # of inputs, at most, however small they are
 
 
@@ -46,8 +48,11 @@ def measure(
     sets = math.ceil(2 * cache_bytes(device) / works[0].input_bytes)  # none finds its inputs in the cache
     works += [case.make(device, dtype, seed) for seed in range(1, min(SETS, sets))]
     right = [name for name in errors if name not in record["wrong"]]
-    rate = matrix_rate(device, dtype)
-    seconds = in_turns([{name: work.ways[name] for name in right} for work in works], device, budget)
+    # The machine's own rate is taken in the same turns: what slows us then slows it as well.
+    product, flops = square_product(device, dtype)
+    turns = [{name: work.ways[name] for name in right} | {PRODUCT: product} for work in works]
+    seconds = in_turns(turns, device, budget)
+    rate = flops / statistics.median(seconds.pop(PRODUCT))
     record["sets"] = len(works)
     record["matrix_gflops"] = round(rate / 1e9, 1)
     record["floor_seconds"] = max(works[0].flops / rate, record["bytes"] / memory_rate)
@@ -58,7 +63,7 @@ def measure(
             way["over_ours"] = ratio_interval(seconds[name], seconds[OURS])._asdict()
         if device == "cuda":
             way |= _launched(works[0].ways[name])
-    del works
+    del works, turns
     for name in case.memory if memory else ():
         if name in right:
             beyond, total = peak_bytes(case, name, device)

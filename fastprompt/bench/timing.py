@@ -130,11 +130,17 @@ def as_graph(way: Way) -> Way:
     return graph.replay
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of torch's own matrix product here and now: the best of several."""
+def square_product(device: str, dtype: torch.dtype) -> tuple[Way, int]:
+    """torch's own product of two square matrices, large enough for its full rate; and its FLOPs."""
     size = 1024 if device == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _best(lambda: torch.mm(a, b), device)
+    return lambda: torch.mm(a, b), 2 * size**3
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of torch's own matrix product here and now: the best of several."""
+    product, flops = square_product(device, dtype)
+    return flops / _best(product, device)
 
 
 def memory_rate(device: str) -> float:
