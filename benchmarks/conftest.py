@@ -11,6 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable = False  # which pyproject.toml sets for the tests
+    machine.keep_freed_memory()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "rows.h"
 
@@ -46,7 +47,7 @@ void dispatch_activation(int64_t activation, const F& f) {
 }
 
 Tensor gated(const Tensor& gate_, const Tensor& up_, int64_t activation) {
-  const Tensor gate = torch::stable::contiguous(gate_), up = torch::stable::contiguous(up_);
+  const Tensor gate = as_contiguous(gate_), up = as_contiguous(up_);
   Tensor out = torch::stable::empty_like(gate);
   dispatch_double_float_bfloat16(gate.scalar_type(), "gated", [&](auto zero) {
     using T = decltype(zero);
@@ -68,8 +69,8 @@ Tensor gated(const Tensor& gate_, const Tensor& up_, int64_t activation) {
 
 std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad_, const Tensor& gate_, const Tensor& up_,
                                           int64_t activation) {
-  const Tensor gate = torch::stable::contiguous(gate_), up = torch::stable::contiguous(up_);
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor gate = as_contiguous(gate_), up = as_contiguous(up_);
+  const Tensor grad = as_contiguous(grad_);
   Tensor grad_gate = torch::stable::empty_like(gate), grad_up = torch::stable::empty_like(gate);
   dispatch_double_float_bfloat16(gate.scalar_type(), "gated", [&](auto zero) {
     using T = decltype(zero);

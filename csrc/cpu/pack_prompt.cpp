@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
 #include "checks.h"
@@ -22,8 +23,8 @@ using torch::stable::Tensor;
 std::vector<int64_t> bank_entries(const std::optional<Tensor>& prompt_index, int64_t segments, int64_t bank_size) {
   std::vector<int64_t> entries(segments, 0);
   if (prompt_index) {
-    const Tensor contiguous = torch::stable::contiguous(*prompt_index);
-    const Integers values(contiguous);
+    const Tensor index = as_contiguous(*prompt_index);
+    const Integers values(index);
     check_range(values, segments, bank_size, "prompt_index");
     for (int64_t b = 0; b < segments; ++b) entries[b] = values[b];
   }
@@ -32,8 +33,8 @@ std::vector<int64_t> bank_entries(const std::optional<Tensor>& prompt_index, int
 
 Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Tensor& cu_seqlens_, const Tensor& prompt_,
                    const std::optional<Tensor>& prompt_index, bool per_segment, double scale) {
-  const Tensor embedding = torch::stable::contiguous(embedding_), prompt = torch::stable::contiguous(prompt_);
-  const Tensor input_ids = torch::stable::contiguous(input_ids_), cu_seqlens = torch::stable::contiguous(cu_seqlens_);
+  const Tensor embedding = as_contiguous(embedding_), prompt = as_contiguous(prompt_);
+  const Tensor input_ids = as_contiguous(input_ids_), cu_seqlens = as_contiguous(cu_seqlens_);
   const int64_t tokens = input_ids.size(0), width = embedding.size(1);
   const int64_t bank_size = prompt.size(0), prompt_rows = prompt.size(1), segments = cu_seqlens.size(0) - 1;
   const PackedRows packed{cu_seqlens.const_data_ptr<int32_t>(), segments, prompt_rows};
@@ -75,7 +76,7 @@ Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Ten
 // grad_prompt[n, p] = sum over the segments that read entry n, in their order, of the gradient of their row p.
 Tensor pack_prompt_backward(const Tensor& grad_, const Tensor& cu_seqlens_, const std::optional<Tensor>& prompt_index,
                             int64_t bank_size, int64_t prompt_rows) {
-  const Tensor grad = torch::stable::contiguous(grad_), cu_seqlens = torch::stable::contiguous(cu_seqlens_);
+  const Tensor grad = as_contiguous(grad_), cu_seqlens = as_contiguous(cu_seqlens_);
   const int64_t width = grad.size(1), segments = cu_seqlens.size(0) - 1;
   const PackedRows packed{cu_seqlens.const_data_ptr<int32_t>(), segments, prompt_rows};
   check_segments(packed.cu_seqlens, segments, grad.size(0) - segments * prompt_rows);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "rows.h"
 
@@ -15,7 +16,7 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor rms_norm(const Tensor& x_, const Tensor& weight_, double eps, double offset) {
-  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
   Tensor out = torch::stable::empty_like(x);
   const int64_t width = weight.size(0), rows = width ? x.numel() / width : 0;
   dispatch_double_float_bfloat16(x.scalar_type(), "rms_norm", [&](auto zero) {
@@ -39,8 +40,8 @@ Tensor rms_norm(const Tensor& x_, const Tensor& weight_, double eps, double offs
 // With r = 1 / sqrt(mean(x^2) + eps) and h = (offset + weight) grad: dx = r h - r^3 mean(h x) x. r is found again: that
 // costs less than keeping it.
 Tensor rms_norm_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_, double eps, double offset) {
-  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
+  const Tensor grad = as_contiguous(grad_);
   Tensor out = torch::stable::empty_like(x);
   const int64_t width = weight.size(0), rows = width ? x.numel() / width : 0;
   dispatch_double_float_bfloat16(x.scalar_type(), "rms_norm", [&](auto zero) {

@@ -3,10 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "grain.h"
 #include "instruction_set.h"
 
 namespace fastprompt {
@@ -29,8 +29,6 @@ inline void add_up(int64_t count, A (&sums)[Sums], const F& f) {
     sums[sum] = lanes[sum][0];
   }
 }
-
-constexpr int64_t kGrain = 1 << 14;  // elements: as many as make a thread worth its start
 
 #if FASTPROMPT_X86
 template <typename F>
@@ -55,7 +53,7 @@ void over_ranges(int64_t count, int64_t grain, const F& f) {
 // f(i) for every row i of `count` rows of `width` elements.
 template <typename F>
 void over_rows(int64_t count, int64_t width, const F& f) {
-  over_ranges(count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
+  over_ranges(count, items_per_thread(width), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }

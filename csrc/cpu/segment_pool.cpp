@@ -8,10 +8,11 @@
 #include <cstring>
 #include <vector>
 
+#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
 #include "checks.h"
-#include "grain.h"
+#include "rows.h"
 
 namespace fastprompt {
 namespace {
@@ -54,7 +55,7 @@ int64_t columns_of_task(int64_t segments, int64_t width) {
 }
 
 Tensor segment_pool(const Tensor& hidden_, const Tensor& cu_seqlens_, int64_t take) {
-  const Tensor hidden = torch::stable::contiguous(hidden_), cu_seqlens = torch::stable::contiguous(cu_seqlens_);
+  const Tensor hidden = as_contiguous(hidden_), cu_seqlens = as_contiguous(cu_seqlens_);
   const int64_t rows = hidden.size(0), width = hidden.size(1), segments = cu_seqlens.size(0) - 1;
   const PackedRows packed{cu_seqlens.const_data_ptr<int32_t>(), segments, 0};
   check_segments(packed.cu_seqlens, segments, rows);
@@ -66,21 +67,20 @@ Tensor segment_pool(const Tensor& hidden_, const Tensor& cu_seqlens_, int64_t ta
     T* out = pooled.mutable_data_ptr<T>();
     const int64_t blocks = (width + columns - 1) / columns;
     const int64_t read = take == 0 && segments > 0 ? rows / segments : 1;  // rows of a task
-    torch::stable::parallel_for(
-        0, blocks * segments, items_per_thread(read * columns), [&](int64_t first, int64_t last) {
-          for (int64_t task = first; task < last; ++task) {
-            const int64_t begin = task / segments * columns, segment = task % segments;
-            const int64_t count = std::min(columns, width - begin);
-            mean_of_rows(in + begin, taken_rows(packed, segment, take), width, count, out + segment * width + begin);
-          }
-        });
+    over_ranges(blocks * segments, items_per_thread(read * columns), [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t begin = task / segments * columns, segment = task % segments;
+        const int64_t count = std::min(columns, width - begin);
+        mean_of_rows(in + begin, taken_rows(packed, segment, take), width, count, out + segment * width + begin);
+      }
+    });
   });
   return pooled;
 }
 
 // Each row of the result once: its segment's gradient over the number of rows taken if it is one of these, else 0.
 Tensor segment_pool_backward(const Tensor& grad_, const Tensor& cu_seqlens_, int64_t rows, int64_t take) {
-  const Tensor grad = torch::stable::contiguous(grad_), cu_seqlens = torch::stable::contiguous(cu_seqlens_);
+  const Tensor grad = as_contiguous(grad_), cu_seqlens = as_contiguous(cu_seqlens_);
   const int64_t width = grad.size(1), segments = cu_seqlens.size(0) - 1;
   const PackedRows packed{cu_seqlens.const_data_ptr<int32_t>(), segments, 0};
   check_segments(packed.cu_seqlens, segments, rows);

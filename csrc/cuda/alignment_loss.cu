@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "../common/alignment_rows.h"
+#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "launch.h"
 
@@ -249,10 +250,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_loss(
     const std::optional<Tensor>& row_weight_, const std::optional<Tensor>& row_grad_, int64_t normalize,
     int64_t distances, double temperature, int64_t reduction, bool needs_student, bool needs_teacher, bool needs_weight,
     bool needs_bias, bool needs_row_weight) {
-  using torch::stable::contiguous;
   using torch::stable::new_empty;
   const torch::stable::accelerator::DeviceGuard guard(student_.get_device_index());
-  const Tensor student = contiguous(student_), teacher = contiguous(teacher_), weight = contiguous(weight_);
+  const Tensor student = as_contiguous(student_), teacher = as_contiguous(teacher_), weight = as_contiguous(weight_);
   const int64_t rows = student.size(0), width = student.size(1), features = teacher.size(1);
   const cudaStream_t stream = current_stream(student);
   const dim3 blocks(static_cast<unsigned>((rows + kWarps - 1) / kWarps));
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_loss(
       return new_empty(student, sizes, type);
     };
     const auto in_sums = [&](const std::optional<Tensor>& t) {
-      return t ? std::optional<Tensor>(contiguous(torch::stable::to(*t, type))) : std::nullopt;
+      return t ? std::optional<Tensor>(as_contiguous(torch::stable::to(*t, type))) : std::nullopt;
     };
     const std::optional<Tensor> bias = in_sums(bias_), row_weight = in_sums(row_weight_), row_grad = in_sums(row_grad_);
     const Tensor z = torch::stable::matmul(student, transposed(weight));

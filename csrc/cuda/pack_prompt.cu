@@ -7,6 +7,7 @@
 #include <cassert>
 #include <optional>
 
+#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
 #include "launch.h"
@@ -95,7 +96,7 @@ int threads_for(int64_t width) { return static_cast<int>(std::min<int64_t>(kMaxT
 
 std::optional<Tensor> as_int32(const std::optional<Tensor>& index) {
   if (!index) return std::nullopt;
-  return torch::stable::contiguous(torch::stable::to(*index, torch::headeronly::ScalarType::Int));
+  return as_contiguous(torch::stable::to(*index, torch::headeronly::ScalarType::Int));
 }
 
 const int32_t* pointer_or_null(const std::optional<Tensor>& index) {
@@ -105,8 +106,8 @@ const int32_t* pointer_or_null(const std::optional<Tensor>& index) {
 Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Tensor& cu_seqlens_, const Tensor& prompt_,
                    const std::optional<Tensor>& prompt_index_, bool per_segment, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(embedding_.get_device_index());
-  const Tensor embedding = torch::stable::contiguous(embedding_), prompt = torch::stable::contiguous(prompt_);
-  const Tensor input_ids = torch::stable::contiguous(input_ids_), cu_seqlens = torch::stable::contiguous(cu_seqlens_);
+  const Tensor embedding = as_contiguous(embedding_), prompt = as_contiguous(prompt_);
+  const Tensor input_ids = as_contiguous(input_ids_), cu_seqlens = as_contiguous(cu_seqlens_);
   const std::optional<Tensor> prompt_index = as_int32(prompt_index_);
   const int64_t tokens = input_ids.size(0), width = embedding.size(1);
   const int64_t bank_size = prompt.size(0), prompt_rows = prompt.size(1), segments = cu_seqlens.size(0) - 1;
@@ -135,7 +136,7 @@ Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Ten
 Tensor pack_prompt_backward(const Tensor& grad_, const Tensor& cu_seqlens_, const std::optional<Tensor>& prompt_index_,
                             int64_t bank_size, int64_t prompt_rows) {
   const torch::stable::accelerator::DeviceGuard guard(grad_.get_device_index());
-  const Tensor grad = torch::stable::contiguous(grad_), cu_seqlens = torch::stable::contiguous(cu_seqlens_);
+  const Tensor grad = as_contiguous(grad_), cu_seqlens = as_contiguous(cu_seqlens_);
   const std::optional<Tensor> prompt_index = as_int32(prompt_index_);
   const int64_t width = grad.size(1), rows = bank_size * prompt_rows;
   Tensor grad_prompt = torch::stable::new_empty(grad, {bank_size, prompt_rows, width});

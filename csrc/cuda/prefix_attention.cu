@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/contiguous.h"
 #include "launch.h"
 #include "prefix_attention/backward.h"
 #include "prefix_attention/forward.h"
@@ -29,9 +30,9 @@ Tensor readable(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   bool aligned = tensor.stride(last) == 1;
   for (int64_t d = 0; d < last; ++d) aligned &= tensor.stride(d) % kVector == 0;
-  const Tensor contiguous = aligned ? tensor : torch::stable::contiguous(tensor);
-  const bool begins_aligned = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % sizeof(uint4) == 0;
-  return begins_aligned ? contiguous : torch::stable::clone(contiguous);
+  const Tensor rows = aligned ? tensor : as_contiguous(tensor);
+  const bool begins_aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % sizeof(uint4) == 0;
+  return begins_aligned ? rows : torch::stable::clone(rows);
 }
 
 template <typename T>
@@ -61,12 +62,12 @@ struct Inputs {
         value(readable(value_)),
         prefix_key(readable(prefix_key_)),
         prefix_value(readable(prefix_value_)),
-        cu_seqlens(torch::stable::contiguous(cu_seqlens_)) {
+        cu_seqlens(as_contiguous(cu_seqlens_)) {
     STD_TORCH_CHECK(prompt_rows == 0, "prompt_rows must be 0 on CUDA: the prompt's rows are a call of their own");
     const int64_t features = query.size(2);
     STD_TORCH_CHECK(features % 16 == 0 && features <= kLargestHead,
                     "heads must be of a multiple of 16 features, up to ", kLargestHead, ", got ", features);
-    if (prefix_index_) problem.prefix_index = Integers(prefix_index.emplace(torch::stable::contiguous(*prefix_index_)));
+    if (prefix_index_) problem.prefix_index = Integers(prefix_index.emplace(as_contiguous(*prefix_index_)));
     problem.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
     problem.segments = static_cast<int>(cu_seqlens.size(0) - 1);
     problem.heads = static_cast<int>(query.size(1));
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
                       scale, window, prefix_in_window);
-  const Tensor grad = readable(grad_), out = readable(out_), lse = torch::stable::contiguous(lse_);
+  const Tensor grad = readable(grad_), out = readable(out_), lse = as_contiguous(lse_);
   const Problem& problem = inputs.problem;
   Tensor grad_query = gradient_like(query, needs_query), grad_key = gradient_like(key, needs_key);
   Tensor grad_value = gradient_like(value, needs_value);

@@ -1,5 +1,6 @@
 """Where something was measured: hardware, versions, load and clock. No names of people or hosts."""
 
+import ctypes
 import os
 import platform
 import re
@@ -12,7 +13,19 @@ import torch
 from .case import dtype_of
 from .timing import matrix_rate, memory_rate
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PACKAGES = ("fastprompt", "torch", "triton", "transformers", "peft", "liger-kernel", "flash-attn")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc give the same pages again, or large cases on the CPU would time how Linux zeroes fresh ones.
+
+    Processes that this one starts, which measure memory and whole jobs, do as they always do.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(option, 2**31 - 1)
 
 
 def describe(device: str) -> dict:

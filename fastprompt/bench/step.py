@@ -108,7 +108,7 @@ def _case(step: Step, sweep: str | None = None) -> Case:
         label=step.label + (f"-grow-{sweep}" if sweep else ""),
         sizes={"B": step.sentences, "L": step.mean_length, "P": step.prompt},
         make=lambda device, dtype, seed: Batch(step, device, dtype, seed, random=sweep is not None).work(),
-        tolerance={torch.float32: 1e-3, torch.bfloat16: 0.2},  # thirty layers; both ways' errors are in the file
+        tolerance={torch.float32: 5e-3, torch.bfloat16: 0.2},  # thirty layers; both ways' errors are in the file
         quick=step == QUICK and sweep is None,
         sweep=sweep,
         memory=(OURS, "peft"),
@@ -172,7 +172,8 @@ class Batch:
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
-        return [x.clone() for x in self.run(self.make(torch.float64))]
+        """In float64, fused: PEFT's way stays at float32's error there, as stock layers normalise in float32."""
+        return [x.clone() for x in self.run(fastprompt.fuse(self.make(torch.float64)).train())]
 
     def run(self, model: nn.Module) -> list[Tensor]:
         loss = model(**self.inputs).loss

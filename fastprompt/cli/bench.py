@@ -78,6 +78,7 @@ def _measure(
             raise ValueError(f"models and parallel must be given for {records.END_TO_END}")
         typer.echo(f"{records.END_TO_END} is left out: it needs --models, with {ENCODER}, and --parallel")
         jobs = False
+    machine.keep_freed_memory()
     cases = registry.cases([name for name in chosen if name != records.END_TO_END], quick=quick)
     budget = budget if budget is not None else 0.5 if quick else 3.0
     result = {

@@ -242,7 +242,7 @@ def int32(*values):
         ({"cu_seqlens": int32()}, ValueError, r"cu_seqlens must have shape \(B\+1,\), got \(0,\)"),
         ({"cu_seqlens": int32(1, 3, 7)}, ValueError, "cu_seqlens must begin at 0, got 1"),
         ({"cu_seqlens": int32(0, 3, 6)}, ValueError, "cu_seqlens must end at 7, .* got 6"),
-        ({"cu_seqlens": int32(0, 5, 4, 7)}, ValueError, "cu_seqlens must not decrease, got 4 after 5 at index 2"),
+        ({"cu_seqlens": int32(0, 8, 7)}, ValueError, "cu_seqlens must not decrease, got 7 after 8 at index 2"),
         ({"prompt": torch.randn(4, 24)}, ValueError, r"prompt must have shape \(N, P, 24\)"),
         ({"prompt": torch.randn(0, 4, 24)}, ValueError, "prompt must have shape .* N >= 1"),
         ({"prompt": torch.randn(1, 4, 23)}, ValueError, r"prompt must have shape .* got \(1, 4, 23\)"),

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../../common/contiguous.h"
 #include "../../common/dispatch.h"
 #include "../products.h"
 #include "infonce.h"
@@ -160,12 +161,13 @@ struct Call {
     const int64_t rows = du.size(0), features = du.size(1);
     const A* from = du.const_data_ptr<A>();
     A* sum = grad_bias.mutable_data_ptr<A>();
-    torch::stable::parallel_for(0, features, std::max<int64_t>(64, kGrain / rows), [&](int64_t begin, int64_t end) {
-      std::vector<double> columns(end - begin);  // one row after the other, float32 would lose digits
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = begin; k < end; ++k) columns[k - begin] += from[i * features + k];
-      for (int64_t k = begin; k < end; ++k) sum[k] += static_cast<A>(columns[k - begin]);
-    });
+    torch::stable::parallel_for(
+        0, features, std::max<int64_t>(64, items_per_thread(rows)), [&](int64_t begin, int64_t end) {
+          std::vector<double> columns(end - begin);  // one row after the other, float32 would lose digits
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t k = begin; k < end; ++k) columns[k - begin] += from[i * features + k];
+          for (int64_t k = begin; k < end; ++k) sum[k] += static_cast<A>(columns[k - begin]);
+        });
   }
 };
 
@@ -181,10 +183,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_loss(
     const std::optional<Tensor>& row_weight_, const std::optional<Tensor>& row_grad_, int64_t normalize,
     int64_t distances, double temperature, int64_t reduction, bool needs_student, bool needs_teacher, bool needs_weight,
     bool needs_bias, bool needs_row_weight) {
-  using torch::stable::contiguous;
   const int64_t rows = student.size(0);
   const auto contiguous_or_none = [](const std::optional<Tensor>& t) {
-    return t ? std::optional<Tensor>(contiguous(*t)) : std::nullopt;
+    return t ? std::optional<Tensor>(as_contiguous(*t)) : std::nullopt;
   };
   const std::optional<Tensor> row_weight = contiguous_or_none(row_weight_), row_grad = contiguous_or_none(row_grad_);
   Tensor loss, grad_row_weight;
@@ -194,11 +195,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_loss(
     using A = accumulate_t<T>;
     const ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     const auto in_type = [](const Tensor& t, ScalarType to) {
-      return t.scalar_type() == to ? contiguous(t) : contiguous(torch::stable::to(t, to));
+      return t.scalar_type() == to ? as_contiguous(t) : as_contiguous(torch::stable::to(t, to));
     };
     Call<T> call;
-    call.student = contiguous(student);
-    call.teacher = contiguous(teacher);
+    call.student = as_contiguous(student);
+    call.teacher = as_contiguous(teacher);
     call.weight = in_type(weight_, type);
     const std::optional<Tensor> bias = bias_ ? std::optional<Tensor>(in_type(*bias_, type)) : std::nullopt;
     call.bias = bias ? bias->const_data_ptr<A>() : nullptr;

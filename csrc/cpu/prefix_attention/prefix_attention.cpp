@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../../common/contiguous.h"
 #include "../../common/dispatch.h"
 #include "isa.h"
 #include "plan.h"
@@ -34,7 +35,7 @@ Kernels<T, accumulate_t<T>> choose_kernels() {
 }
 
 Tensor rows_contiguous(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : as_contiguous(tensor);
 }
 
 template <typename T>
@@ -73,8 +74,8 @@ struct Inputs {
     problem.window = window;
     problem.scale = scale;
     std::optional<Tensor> index;
-    if (prefix_index) index = torch::stable::contiguous(*prefix_index);
-    plan = make_plan(problem, torch::stable::contiguous(cu_seqlens), index, query.size(0), prompt_rows);
+    if (prefix_index) index = as_contiguous(*prefix_index);
+    plan = make_plan(problem, as_contiguous(cu_seqlens), index, query.size(0), prompt_rows);
   }
   Inputs(const Inputs&) = delete;
 

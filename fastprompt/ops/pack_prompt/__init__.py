@@ -58,7 +58,6 @@ def pack_prompt(
         IndexError: a value of input_ids or prompt_index out of range. (On a GPU values are not read on the host: there
             this is a device assert, as in torch's own indexing.)
     """
-    _check(embedding, input_ids, cu_seqlens, prompt, prompt_index)
     trains_embedding = embedding.requires_grad and torch.is_grad_enabled()
     if backend is None:
         native_fits = _native.available(embedding.device.type) and embedding.is_contiguous() and not trains_embedding
@@ -69,21 +68,27 @@ def pack_prompt(
         raise ValueError(f"backend 'native' is not available: {_native.why_not(embedding.device.type)}")
     elif backend == "native" and trains_embedding:
         raise ValueError("backend 'native' has no gradient of the embedding: freeze it, or leave the choice open")
+    _check(embedding, input_ids, cu_seqlens, prompt, prompt_index, read_values=backend != "native")
     run = native.pack_prompt if backend == "native" else reference.pack_prompt
     return run(embedding, input_ids, cu_seqlens, prompt, prompt_index, per_segment, scale)
 
 
 def _check(
-    embedding: Tensor, input_ids: Tensor, cu_seqlens: Tensor, prompt: Tensor, prompt_index: Tensor | None
+    embedding: Tensor,
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    prompt: Tensor,
+    prompt_index: Tensor | None,
+    read_values: bool,
 ) -> None:
-    """Raise unless the inputs fit each other."""
+    """Raise unless the inputs fit each other; a native operator checks the values of integers itself."""
     if embedding.ndim != 2:
         raise ValueError(f"embedding must have shape (V, E), got {tuple(embedding.shape)}")
     if embedding.dtype not in DTYPES:
         raise TypeError(f"embedding must be one of {DTYPES}, got {embedding.dtype}")
     if input_ids.ndim != 1:
         raise ValueError(f"input_ids must have shape (T,), got {tuple(input_ids.shape)}")
-    segments = check_cu_seqlens(cu_seqlens, len(input_ids))
+    segments = check_cu_seqlens(cu_seqlens, len(input_ids), read_values)
     if prompt.ndim != 3 or prompt.shape[0] == 0 or prompt.shape[2] != embedding.shape[1]:
         raise ValueError(
             f"prompt must have shape (N, P, {embedding.shape[1]}) with N >= 1 for an embedding "
@@ -97,6 +102,6 @@ def _check(
     for name, tensor in others.items():
         if tensor is not None and tensor.device != embedding.device:
             raise ValueError(f"{name} must be on {embedding.device}, where embedding is, got {tensor.device}")
-    check_indices(input_ids, len(embedding), "input_ids")
+    check_indices(input_ids, len(embedding), "input_ids", read_values)
     if prompt_index is not None:
-        check_indices(prompt_index, len(prompt), "prompt_index")
+        check_indices(prompt_index, len(prompt), "prompt_index", read_values)

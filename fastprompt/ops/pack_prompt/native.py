@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-pack_prompt = torch.ops.fastprompt.pack_prompt.default
+from fastprompt.ops._autograd import with_derivative
+
 pack_prompt_backward = torch.ops.fastprompt.pack_prompt_backward.default
 
 
@@ -58,5 +59,5 @@ def _double_backward(ctx, grad_prompt: Tensor) -> tuple:
     return pack_prompt(zeros, ids, cu_seqlens, grad_prompt, prompt_index, True, 1.0), None, None, None, None
 
 
-torch.library.register_autograd("fastprompt::pack_prompt", _backward, setup_context=_save)
+pack_prompt = with_derivative(torch.ops.fastprompt.pack_prompt.default, _save, _backward)
 torch.library.register_autograd("fastprompt::pack_prompt_backward", _double_backward, setup_context=_save_backward)
