@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <tuple>
 
-#include "../common/contiguous.h"
 #include "../common/dispatch.h"
+#include "../common/tensors.h"
 #include "rows.h"
 
 namespace fastprompt {

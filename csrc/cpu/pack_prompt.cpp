@@ -8,9 +8,9 @@
 #include <optional>
 #include <vector>
 
-#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
+#include "../common/tensors.h"
 #include "checks.h"
 #include "grain.h"
 
@@ -44,7 +44,7 @@ Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Ten
   const std::vector<int64_t> entries = bank_entries(prompt_index, segments, bank_size);
 
   const int64_t rows = tokens + prompt_rows * (per_segment ? segments : bank_size);
-  Tensor hidden = torch::stable::new_empty(embedding, {rows, width});
+  Tensor hidden = empty_as(embedding, {rows, width});
   dispatch_floating(embedding.scalar_type(), "pack_prompt", [&](auto zero) {
     using T = decltype(zero);
     const T* table = embedding.const_data_ptr<T>();
@@ -82,7 +82,7 @@ Tensor pack_prompt_backward(const Tensor& grad_, const Tensor& cu_seqlens_, cons
   check_segments(packed.cu_seqlens, segments, grad.size(0) - segments * prompt_rows);
   const std::vector<int64_t> entries = bank_entries(prompt_index, segments, bank_size);
 
-  Tensor grad_prompt = torch::stable::new_empty(grad, {bank_size, prompt_rows, width});
+  Tensor grad_prompt = empty_as(grad, {bank_size, prompt_rows, width});
   dispatch_floating(grad.scalar_type(), "pack_prompt_backward", [&](auto zero) {
     using T = decltype(zero);
     const T* in = grad.const_data_ptr<T>();

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../common/contiguous.h"
 #include "../common/dispatch.h"
+#include "../common/tensors.h"
 #include "rows.h"
 
 namespace fastprompt {

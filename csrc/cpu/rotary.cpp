@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../common/dispatch.h"
+#include "../common/tensors.h"
 #include "rows.h"
 
 namespace fastprompt {
@@ -55,8 +56,8 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& query_, const Tensor& key_, cons
   const Tensor query = features_contiguous(query_), key = features_contiguous(key_);
   const Tensor cos = features_contiguous(cos_), sin = features_contiguous(sin_);
   const int64_t rows = query.size(0), dim = query.size(2);
-  Tensor out_query = torch::stable::new_empty(query, {rows, query.size(1), dim});
-  Tensor out_key = torch::stable::new_empty(key, {rows, key.size(1), dim});
+  Tensor out_query = empty_as(query, {rows, query.size(1), dim});
+  Tensor out_key = empty_as(key, {rows, key.size(1), dim});
   dispatch_double_float_bfloat16(query.scalar_type(), "rotary", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;

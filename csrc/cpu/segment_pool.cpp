@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
-#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
+#include "../common/tensors.h"
 #include "checks.h"
 #include "rows.h"
 
@@ -60,7 +60,7 @@ Tensor segment_pool(const Tensor& hidden_, const Tensor& cu_seqlens_, int64_t ta
   const PackedRows packed{cu_seqlens.const_data_ptr<int32_t>(), segments, 0};
   check_segments(packed.cu_seqlens, segments, rows);
   const int64_t columns = columns_of_task(segments, width);
-  Tensor pooled = torch::stable::new_empty(hidden, {segments, width});
+  Tensor pooled = empty_as(hidden, {segments, width});
   dispatch_floating(hidden.scalar_type(), "segment_pool", [&](auto zero) {
     using T = decltype(zero);
     const T* in = hidden.const_data_ptr<T>();
@@ -84,7 +84,7 @@ Tensor segment_pool_backward(const Tensor& grad_, const Tensor& cu_seqlens_, int
   const int64_t width = grad.size(1), segments = cu_seqlens.size(0) - 1;
   const PackedRows packed{cu_seqlens.const_data_ptr<int32_t>(), segments, 0};
   check_segments(packed.cu_seqlens, segments, rows);
-  Tensor grad_hidden = torch::stable::new_empty(grad, {rows, width});
+  Tensor grad_hidden = empty_as(grad, {rows, width});
   dispatch_floating(grad.scalar_type(), "segment_pool_backward", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;

@@ -13,8 +13,8 @@
 #include <tuple>
 
 #include "../common/alignment_rows.h"
-#include "../common/contiguous.h"
 #include "../common/dispatch.h"
+#include "../common/tensors.h"
 #include "launch.h"
 
 namespace fastprompt::alignment_loss {

@@ -7,9 +7,9 @@
 #include <cassert>
 #include <optional>
 
-#include "../common/contiguous.h"
 #include "../common/dispatch.h"
 #include "../common/packed_rows.h"
+#include "../common/tensors.h"
 #include "launch.h"
 
 namespace fastprompt {

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/contiguous.h"
+#include "../common/tensors.h"
 #include "launch.h"
 #include "prefix_attention/backward.h"
 #include "prefix_attention/forward.h"

@@ -1,6 +1,7 @@
 """Seconds of several ways, taken in turns: on a shared machine only what ran side by side can be compared."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,10 +60,8 @@ def in_turns(sets: Sequence[dict[str, Way]], device: str, budget: float, width: 
     begin = time.perf_counter()
     for turn in range(MOST):
         ways, names = sets[turn % len(sets)], list(seconds)
-        first = (
-            turn // len(sets) % len(names)
-        )  # whom one follows matters: each is first, and last, as often on each set
-        for name in names[first:] + names[:first]:
+        random.shuffle(names)  # whom one follows matters: a large product leaves cold caches to the next
+        for name in names:
             seconds[name].append(timer(name, ways[name]))
         if (turn + 1) % FEWEST:  # to stop as soon as the interval happens to be narrow would make it less sure
             continue

@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../../common/contiguous.h"
 #include "../../common/dispatch.h"
+#include "../../common/tensors.h"
 #include "../products.h"
 #include "infonce.h"
 #include "rows.h"
@@ -71,11 +71,10 @@ struct Call {
         contrast ? rows : std::clamp<int64_t>(kChunkElements / std::max<int64_t>(1, features), 1, rows);
     const int64_t chunks = (rows + most - 1) / most, size = (rows + chunks - 1) / chunks;
     // u and v hold normalised rows; du and dv their gradients.
-    Tensor u = torch::stable::new_empty(weight, {size, features}),
-           v = torch::stable::new_empty(weight, {size, features});
+    Tensor u = empty_as(weight, {size, features}), v = empty_as(weight, {size, features});
     Tensor du, dv;
-    if (needs.z()) du = torch::stable::new_empty(weight, {size, features});
-    if (needs.teacher) dv = torch::stable::new_empty(weight, {size, features});
+    if (needs.z()) du = empty_as(weight, {size, features});
+    if (needs.teacher) dv = empty_as(weight, {size, features});
     for (int64_t first = 0; first < rows; first += size) {
       const int64_t count = std::min(size, rows - first);
       const auto part = [&](const Tensor& t) { return count == size ? t : rows_of(t, 0, count); };
@@ -139,7 +138,7 @@ struct Call {
   Tensor load_rows(int64_t first, int64_t count) const {
     if (std::is_same_v<T, A> && consecutive(first, count)) return rows_of(student, kept[first], count);
     const int64_t width = student.size(1);
-    Tensor rows = torch::stable::new_empty(weight, {count, width});
+    Tensor rows = empty_as(weight, {count, width});
     const T* from = student.const_data_ptr<T>();
     A* to = rows.mutable_data_ptr<A>();
     over_rows(count, width, [&](int64_t i) { std::copy_n(from + kept[first + i] * width, width, to + i * width); });
@@ -150,7 +149,7 @@ struct Call {
     if (std::is_same_v<T, A> && consecutive(first, count))
       return multiply_into(rows_of(grad_student, kept[first], count), du, weight);
     const int64_t width = student.size(1);
-    Tensor rows = torch::stable::new_empty(weight, {count, width});
+    Tensor rows = empty_as(weight, {count, width});
     multiply_into(rows, du, weight);
     const A* from = rows.const_data_ptr<A>();
     T* to = grad_student.mutable_data_ptr<T>();
@@ -172,8 +171,8 @@ struct Call {
 };
 
 Tensor gradient_like(const Tensor& tensor, bool needed, bool zero) {
-  if (!needed) return torch::stable::new_empty(tensor, {0});
-  return zero ? torch::stable::new_zeros(tensor, tensor.sizes()) : torch::stable::new_empty(tensor, tensor.sizes());
+  if (!needed) return empty_as(tensor, {0});
+  return zero ? zeros_as(tensor, tensor.sizes()) : empty_as(tensor, tensor.sizes());
 }
 
 // The loss, and the gradients of it that are needed (the others empty). Under reduction kRows these are of
@@ -228,17 +227,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_loss(
     call.grad_student = gradient_like(student, needs_student, gaps);
     call.grad_teacher = gradient_like(teacher, needs_teacher, gaps);
     call.grad_weight = gradient_like(call.weight, needs_weight, kept == 0);
-    call.grad_bias = bias ? gradient_like(*bias, needs_bias, true) : torch::stable::new_empty(student, {0});
+    call.grad_bias = bias ? gradient_like(*bias, needs_bias, true) : empty_as(student, {0});
     call.run();
 
     grad_student = call.grad_student;
     grad_teacher = call.grad_teacher;
     grad_weight = in_type(call.grad_weight, weight_.scalar_type());
     grad_bias = in_type(call.grad_bias, student.scalar_type());
-    grad_row_weight = torch::stable::new_zeros(call.weight, {call.needs.row_weight ? rows : 0});
+    grad_row_weight = zeros_as(call.weight, {call.needs.row_weight ? rows : 0});
     A* grad_w = grad_row_weight.mutable_data_ptr<A>();
     if (reduction == kRows) {
-      loss = torch::stable::new_zeros(call.weight, {rows});
+      loss = zeros_as(call.weight, {rows});
       A* out = loss.mutable_data_ptr<A>();
       for (int64_t i = 0; i < kept; ++i) {
         const int64_t row = call.kept[i];
@@ -249,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_loss(
     }
     double sum = 0;
     for (int64_t i = 0; i < kept; ++i) sum += static_cast<double>(call.coefficient[i]) * call.distance[i];
-    loss = torch::stable::new_empty(call.weight, {});
+    loss = empty_as(call.weight, {});
     *loss.mutable_data_ptr<A>() = static_cast<A>(sum);
     // The mean is a quotient: raising a weight also raises what is divided by.
     const A subtrahend = reduction == kMean && total != 0 ? static_cast<A>(sum) : A(0);

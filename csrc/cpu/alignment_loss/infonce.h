@@ -34,7 +34,7 @@ class Infonce {
     const int64_t row_bytes = rows_ * static_cast<int64_t>(sizeof(A));
     kept_ = rows_ * row_bytes <= kKeptBytes;
     block_ = kept_ ? rows_ : std::max<int64_t>(1, kBlockBytes / row_bytes);
-    similarity_ = torch::stable::new_empty(u, {std::min(block_, rows_), rows_});
+    similarity_ = empty_as(u, {std::min(block_, rows_), rows_});
   }
 
   // distance[i] += the cross-entropies of row i, averaged over both directions.

@@ -9,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../../common/contiguous.h"
 #include "../../common/dispatch.h"
+#include "../../common/tensors.h"
 #include "isa.h"
 #include "plan.h"
 
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   const Problem& problem = inputs.problem;
   const Plan& plan = inputs.plan;
   const int64_t rows = query.size(0);
-  Tensor out = torch::stable::new_empty(query, {rows, problem.heads, problem.dim});
+  Tensor out = empty_as(query, {rows, problem.heads, problem.dim});
   const ScalarType type = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor lse = torch::stable::new_empty(query, {rows, problem.heads}, type);
   if (rows == 0) return {out, lse};
@@ -135,10 +135,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
 }
 
 Tensor gradient_like(const Tensor& tensor, bool wanted) {
-  if (!wanted) return torch::stable::new_empty(tensor, {0});
+  if (!wanted) return empty_as(tensor, {0});
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
-  return torch::stable::new_empty(tensor, sizes);
+  return empty_as(tensor, sizes);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
