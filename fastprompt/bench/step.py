@@ -54,6 +54,7 @@ class Model(NamedTuple):
             "intermediate_size": self.inner,
         }
         if self.kind == "encoder":
+            sizes["max_position_embeddings"] = 1026  # for the longest prefix, which counts
             return transformers.XLMRobertaConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         sizes |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
         if self.kind == "llama":
