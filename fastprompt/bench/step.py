@@ -87,6 +87,7 @@ class Step(NamedTuple):
 
 STEPS = [Step(name, kind, "last") for name in ("smollm2-135m", "gemma-3-270m") for kind in ("prompt", "prefix")]
 STEPS += [Step("smollm2-135m", "prompt", "all"), Step("smollm2-135m", "prefix", "all")]
+STEEP = STEPS[-1]  # its real weights enlarge rounding: in float32 PEFT itself is 1.6e-3 off
 # With a prompt PEFT pools wrongly.
 STEPS += [Step("encoder-12x768", "prefix", "class"), Step("encoder-12x384", "prefix", "class")]
 COMPILED, GROWING = STEPS[-2:]
@@ -109,7 +110,8 @@ def _case(step: Step, sweep: str | None = None) -> Case:
         label=step.label + (f"-grow-{sweep}" if sweep else ""),
         sizes={"B": step.sentences, "L": step.mean_length, "P": step.prompt},
         make=lambda device, dtype, seed: Batch(step, device, dtype, seed, random=sweep is not None).work(),
-        tolerance={torch.float32: 5e-3, torch.bfloat16: 0.2},  # thirty layers; both ways' errors are in the file
+        # thirty layers; both ways' errors are in the file
+        tolerance={torch.float32: 5e-3 if step == STEEP else 1e-3, torch.bfloat16: 0.2},
         quick=step == QUICK and sweep is None,
         sweep=sweep,
         memory=(OURS, "peft"),
@@ -173,7 +175,10 @@ class Batch:
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
-        """In float64, fused: PEFT's way stays at float32's error there, as stock layers normalise in float32."""
+        """In float64, fused: PEFT's way stays at float32's error there, as stock layers normalise in float32.
+
+        So it is the tests of `fuse` that hold it to PEFT; here PEFT, which must be right by it too, does so in float32.
+        """
         return [x.clone() for x in self.run(fastprompt.fuse(self.make(torch.float64)).train())]
 
     def run(self, model: nn.Module) -> list[Tensor]:
