@@ -1,6 +1,7 @@
 """StudyConfig: what a study runs, as its YAML file says."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,8 @@ class StudyConfig:
         alignment: weight of the alignment loss in methods that have it.
         adapter_size: in methods that have adapters.
         settings: of `TaskConfig`, for all runs.
-        method_settings: method -> settings of its own.
+        examples_settings: number of examples, or "all" -> settings of its own, as more steps for more examples.
+        method_settings: method -> settings of its own, before all others.
         variants: of the study "pseudo": "real", "pseudo" (labels made without labels) and "pseudo+real".
         pseudo_examples: so many are made.
         title: of the report.
@@ -63,6 +65,7 @@ class StudyConfig:
     alignment: float = 1.0
     adapter_size: int = 64
     settings: dict = field(default_factory=dict)
+    examples_settings: dict[int | str, dict] = field(default_factory=dict)
     method_settings: dict[str, dict] = field(default_factory=dict)
     variants: Sequence[str] = ("",)
     pseudo_examples: int = 500
@@ -86,9 +89,10 @@ class StudyConfig:
         if not self.parallel and (from_pairs or any("alignment" in method for method in self.methods)):
             what = f"{self.study} of {self.task}" if from_pairs else "methods with alignment"
             raise ValueError(f"parallel must name a file at least, for {what}, got none")
-        unknown = set(self.method_settings) - set(self.methods)
-        if unknown:
-            raise ValueError(f"method_settings must be of {list(self.methods)}, got {sorted(unknown)}")
+        for name, of in (("examples_settings", self.examples), ("method_settings", self.methods)):
+            unknown = [each for each in getattr(self, name) if each not in of]
+            if unknown:
+                raise ValueError(f"{name} must be of {list(of)}, got {unknown}")
         for place in self.parallel.values():
             if not isinstance(place, str) and (not isinstance(place, dict) or place.keys() != {"pawsx", "split"}):
                 raise ValueError(f"parallel must be a file, or have pawsx and split, for each language, got {place!r}")
@@ -96,8 +100,8 @@ class StudyConfig:
             fits = isinstance(about, dict) and about.keys() == {"data", "languages", "split"}
             if {task, self.task} != {"xquad", "mlqa"} or not fits:
                 raise ValueError(f"also must be mlqa beside xquad or the other way round, got {self.also}")
-        for method in self.methods:
-            self.run_config(method, 1, 0)
+        for count, method in itertools.product(self.examples, self.methods):
+            self.run_config(count, method, 1, 0)
 
     def _check_kinds(self) -> None:
         """What YAML may easily have otherwise: a word for a list of one, nothing for a list of none."""
@@ -109,7 +113,7 @@ class StudyConfig:
                 raise ValueError(f"{name} must hold at least one, got none")
             if any(each in value[:n] for n, each in enumerate(value)):
                 raise ValueError(f"{name} must not hold one twice, got {list(value)}")
-        for name in ("parallel", "also", "settings", "method_settings"):
+        for name in ("parallel", "also", "settings", "examples_settings", "method_settings"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be names and values, got {getattr(self, name)!r}")
         for name in ("parallel_test", "pseudo_examples", "test_limit"):
@@ -119,8 +123,8 @@ class StudyConfig:
         if not all(type(seed) is int for seed in self.seeds):
             raise ValueError(f"seeds must be integers, got {list(self.seeds)}")
 
-    def run_config(self, method: str, examples: int | None, seed: int) -> TaskConfig:
-        """The configuration of one run."""
+    def run_config(self, count: int | str, method: str, examples: int | None, seed: int) -> TaskConfig:
+        """The configuration of one run, with `count` of `self.examples`; `examples` is TaskConfig's."""
         name, *parts = method.split("+")
         if not set(parts) <= set(_PARTS):
             raise ValueError(f"methods must be one of TaskConfig's with any of {_PARTS}, got {method!r}")
@@ -133,7 +137,8 @@ class StudyConfig:
             own["adapter_size"] = self.adapter_size
         if "norms" in parts:
             own["norms"] = True
-        settings = {"task": self.task, **self.settings, **own, **self.method_settings.get(method, {})}
+        settings = {"task": self.task, **self.settings, **self.examples_settings.get(count, {}), **own}
+        settings |= self.method_settings.get(method, {})
         known = {each.name for each in dataclasses.fields(TaskConfig)}
         if not settings.keys() <= known:
             raise ValueError(f"settings must be of {sorted(known)}, got {sorted(settings.keys() - known)}")

@@ -18,7 +18,7 @@ from fastprompt._measure import peak_memory_mb
 from fastprompt.tasks.data import read_examples, spread
 from fastprompt.tasks.parallel import Pair, read_pairs, split_pairs
 from fastprompt.training.encoding import load_backbone
-from fastprompt.training.task_config import RETRIEVAL
+from fastprompt.training.task_config import RETRIEVAL, TaskConfig
 from fastprompt.training.task_loop import draw, train_task
 
 from .config import FROZEN, StudyConfig
@@ -152,10 +152,19 @@ def _tests(task: str, limit: int | None, data: str, languages: Sequence[str], sp
 
 def plan(config: StudyConfig, data: Data) -> list[Planned]:
     """All runs, those with few examples first. A number of examples that is not there is left out."""
-    there = min(map(len, data.pairs.values())) if config.task == RETRIEVAL else len(data.train)
+    there = _there(config, data)
     counts = sorted({there if count == "all" else count for count in config.examples})
     runs = itertools.product(config.variants, [n for n in counts if n <= there], config.seeds, config.methods)
     return [Planned(variant, count, method, seed) for variant, count, seed, method in runs]
+
+
+def _there(config: StudyConfig, data: Data) -> int:
+    return min(map(len, data.pairs.values())) if config.task == RETRIEVAL else len(data.train)
+
+
+def _settings(config: StudyConfig, data: Data, run: Planned, examples: int | None) -> TaskConfig:
+    everything = "all" in config.examples and run.examples == _there(config, data)
+    return config.run_config("all" if everything else run.examples, run.method, examples, run.seed)
 
 
 def _begin(config: StudyConfig, out: Path) -> None:
@@ -164,13 +173,15 @@ def _begin(config: StudyConfig, out: Path) -> None:
     file, results = out / STUDY, out / RESULTS
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))["config"]
-        for name in about.keys() - {"methods", "method_settings", "examples", "seeds", "variants", "title"}:
+        more = ("methods", "method_settings", "examples", "examples_settings", "seeds", "variants", "title")
+        for name in about.keys() - set(more):
             if before.get(name, about[name]) != about[name]:
                 raise ValueError(f"{name} must be as in the study in {out}: {before[name]!r}, got {about[name]!r}")
-        for method in before["method_settings"].keys() | about["method_settings"].keys():
-            old, new = (each["method_settings"].get(method) for each in (before, about))
-            if method in before["methods"] and old != new:
-                raise ValueError(f"method_settings of {method!r} must be as in the study in {out}: {old}, got {new}")
+        for grid, name in (("methods", "method_settings"), ("examples", "examples_settings")):
+            for each in map(str, before[grid]):
+                old, new = (study.get(name, {}).get(each) for study in (before, about))
+                if old != new:
+                    raise ValueError(f"{name} of {each!r} must be as in the study in {out}: {old}, got {new}")
     out.mkdir(parents=True, exist_ok=True)
     versions = {name: metadata.version(name) for name in ("fastprompt", "torch", "transformers")}
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -198,7 +209,7 @@ def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.devi
             for n, record in enumerate(records):
                 record[name] = sum(each["records"][n][name] for each in trained) / len(trained)
     else:
-        settings = config.run_config(run.method, None, run.seed)
+        settings = _settings(config, data, run, None)
         model, tokenizer = load_backbone(config.backbone, device, causal_head=True)
         learner, records = train_task(
             *(model, tokenizer, _train_examples(config, data, run), data.validation, settings),
@@ -244,7 +255,7 @@ def _train_examples(config: StudyConfig, data: Data, run: Planned) -> list:
 def _retrieve(config: StudyConfig, data: Data, run: Planned, language: str, device: str | torch.device) -> dict:
     """Train for one language, and find the English sentences of its test pairs."""
     model, tokenizer = load_backbone(config.backbone, device)
-    settings = config.run_config(run.method, run.examples, run.seed)
+    settings = _settings(config, data, run, run.examples)
     if run.method == FROZEN:
         settings = dataclasses.replace(settings, steps=1, projection_lr=0.0)
     # The scores are taken once, after the last step: nothing is chosen by them.

@@ -84,6 +84,7 @@ def test_scarcity_of_pairs(files, configured, tmp_path, trained):
         adapter_size=4,
         alignment=0.5,
         languages=["en", "de", "de@dev"],
+        examples_settings={"all": {"lr": 0.5, "head_lr": 0.75}},
         method_settings={"head": {"head_lr": 0.25}},
         title="Few pairs",
     )
@@ -98,10 +99,12 @@ def test_scarcity_of_pairs(files, configured, tmp_path, trained):
         (number, 12, first) for number in range(1, 13) for first in (True, False)
     ]
     assert [count for _, count, _ in trained] == [4] * 6 + [9] * 6
-    settings = {config.method + "+" * bool(config.alignment): config for config, *_ in trained}
+    settings = {config.method + "+" * bool(config.alignment): config for config, *_ in trained[:6]}
     assert settings["head"].head_lr == 0.25 and settings["prefix"].head_lr == 1e-3
     assert settings["prefix+"].alignment == 0.5 and settings["prefix+"].adapter_size is None
     assert settings["prefix"].adapter_size == 4 and settings["prefix"].norms and not settings["head"].norms
+    assert [config.lr for config, *_ in trained] == [0.01] * 6 + [0.5] * 6
+    assert [config.head_lr for config, *_ in trained[5:8]] == [1e-3, 0.25, 0.75]
     assert [len(more["pairs"]) for *_, more in trained[:3]] == [0, 40, 0]
     assert [config.seed for config, *_ in trained[:6]] == [0] * 3 + [1] * 3
     record = read[0]
@@ -211,6 +214,8 @@ def test_what_is_done_is_not_done_again(configured, tmp_path, trained, monkeypat
     assert [(record["seed"], record["method"]) for record in run_study(configured(**more), out)] == [
         (0, "lora"), (1, "lora"), (2, "prefix"), (2, "head"), (2, "lora"),
     ]  # fmt: skip
+    more |= dict(examples=[4, 6], examples_settings={6: {"steps": 3}})
+    assert {(record["examples"], record["steps"]) for record in run_study(configured(**more), out)} == {(6, 3)}
     before = (out / "results.jsonl").read_bytes()
     for changed, message in (
         ({"settings": SETTINGS | {"steps": 3}}, r"settings must be as in the study in .*'steps': 2"),
@@ -221,6 +226,7 @@ def test_what_is_done_is_not_done_again(configured, tmp_path, trained, monkeypat
             {"method_settings": more["method_settings"] | {"head": {"head_lr": 0.5}}},
             "method_settings of 'head' must be as in the study in",
         ),
+        (more | {"examples_settings": {4: {"steps": 3}}}, "examples_settings of '4' must be as in the study in"),
     ):
         with pytest.raises(ValueError, match=message):
             run_study(configured(**more | changed), out)
@@ -266,6 +272,8 @@ def test_the_same_study_gives_the_same_results(configured, tmp_path):
         ({"parallel_test": 0}, "parallel_test must be a positive integer, got 0"),
         ({"test_limit": 0}, "test_limit must be a positive integer, got 0"),
         ({"method_settings": {"lora": {}}}, r"method_settings must be of \['head', 'prefix'\], got \['lora'\]"),
+        ({"examples_settings": {8: {}}}, r"examples_settings must be of \[4\], got \[8\]"),
+        ({"examples_settings": {4: {"lr": -1}}}, "lr must be a finite number, 0 or more, got -1"),
         ({"also": {"mlqa": {}}}, "also must be mlqa beside xquad or the other way round"),
         ({"task": "xquad", "also": {"mlqa": ["de"]}}, "also must be mlqa beside xquad or the other way round"),
         ({"also": ["mlqa"]}, r"also must be names and values, got \['mlqa'\]"),
