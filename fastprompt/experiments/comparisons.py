@@ -14,6 +14,7 @@ from fastprompt.experiments.aggregate import (
     compare,
 )
 from fastprompt.experiments.document import Table
+from fastprompt.experiments.records import FROZEN
 from fastprompt.experiments.wording import MISSING, counted, digits, listed, metric_name, number
 
 METHOD = "prefix+alignment"
@@ -39,6 +40,12 @@ def compare_methods(task: TaskResults) -> list[Comparison]:
     """METHOD against each of RIVALS, trained on the same variant."""
     ours = [series for series in task.series if series.method == METHOD]
     return _compared(task, [(own, Series(rival, own.variant)) for own in ours for rival in RIVALS])
+
+
+def compare_with_frozen(task: TaskResults) -> list[Comparison]:
+    """Each other method against FROZEN."""
+    others = [series for series in task.series if series.method != FROZEN]
+    return _compared(task, [(own, Series(FROZEN, own.variant)) for own in others])
 
 
 def compare_variants(task: TaskResults) -> list[Comparison]:

@@ -9,10 +9,9 @@ from pathlib import Path
 from fastprompt._files import read_yaml
 from fastprompt.training.task_config import RETRIEVAL, TaskConfig
 
-from .records import STUDIES
+from .records import FROZEN, STUDIES
 
 _PARTS = ("alignment", "adapters", "norms")
-FROZEN = "frozen"
 
 
 @dataclass(frozen=True)

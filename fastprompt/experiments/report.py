@@ -13,6 +13,7 @@ from fastprompt.experiments.comparisons import (
     Comparison,
     compare_methods,
     compare_variants,
+    compare_with_frozen,
     comparison_table,
     sentences,
     total_sentence,
@@ -28,7 +29,7 @@ from fastprompt.experiments.document import (
     to_html,
     to_markdown,
 )
-from fastprompt.experiments.records import read_results
+from fastprompt.experiments.records import FROZEN, read_results
 from fastprompt.experiments.wording import counted, digits, listed, metric_name, number
 
 HTML = "report.html"
@@ -92,7 +93,7 @@ def _task(task: TaskResults, study: str) -> list[Block]:
     metric = task.metrics[0]
     blocks.append(Heading("Scores", 3))
     blocks += [tables.score_table(task, name) for name in task.metrics]
-    if not all(map(task.records[0].is_source, task.languages)):
+    if len({task.records[0].is_source(language) for language in task.languages}) > 1:  # else it is the same table
         blocks += [tables.transfer_table(task, name) for name in task.metrics]
     several = len(task.examples) > 1
     if several:
@@ -114,8 +115,11 @@ def _task(task: TaskResults, study: str) -> list[Block]:
 
 
 def _summary(task: TaskResults, study: str) -> list[Block]:
-    methods = compare_methods(task)
-    blocks = _comparison(task, methods, METHOD, listed(list(RIVALS)))
+    if any(series.method == FROZEN for series in task.series):
+        subject = "each method, all of which train the alignment,"
+        blocks = _comparison(task, compare_with_frozen(task), subject, "the frozen backbone")
+    else:
+        blocks = _comparison(task, compare_methods(task), METHOD, listed(list(RIVALS)))
     if study == "pseudo":
         blocks += _comparison(task, compare_variants(task), "each other variant", REAL)
     below = _not_above_majority(task)

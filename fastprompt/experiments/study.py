@@ -21,9 +21,9 @@ from fastprompt.training.encoding import load_backbone
 from fastprompt.training.task_config import RETRIEVAL, TaskConfig
 from fastprompt.training.task_loop import draw, train_task
 
-from .config import FROZEN, StudyConfig
+from .config import StudyConfig
 from .pseudo import pseudo_examples
-from .records import RESULTS, STUDY
+from .records import FROZEN, RESULTS, STUDY
 
 
 class Planned(NamedTuple):

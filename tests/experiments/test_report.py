@@ -241,10 +241,16 @@ def test_accuracy_and_majority(tmp_path):
 
 
 def test_retrieval_and_several_tasks(tmp_path):
-    scores = {"de": {"r@1": 0.42, "cosine": 0.5}}
-    _, markdown = report(tmp_path, [run(), run(task="tatoeba", scores=scores)])
-    assert "xquad (1 run) and tatoeba (1 run)" in markdown
-    assert rows(markdown, "Mean R@1 (0 to 1)")[1] == ["prefix", "0.420"]
+    def found(method, seed, r1):
+        return run(method, seed=seed, task="retrieval", scores={"de": {"r@1": r1, "cosine": 0.5}})
+
+    runs = [found("frozen", 0, 0.3), found("frozen", 1, 0.3), found("head", 0, 0.42), found("head", 1, 0.44)]
+    _, markdown = report(tmp_path, [run(), *runs])
+    assert "xquad (1 run) and retrieval (4 runs)" in markdown
+    assert rows(markdown, "Mean R@1 (0 to 1)")[1] == ["head", "**0.430 ± 0.014**"]
+    assert "- 64 examples, head: ahead of frozen (+0.130)." in markdown
+    assert "all of which train the alignment, against the frozen backbone: of 1 comparison, ahead" in markdown
+    assert markdown.count("\nTransfer: mean") == 2  # xquad's: for retrieval it would be the same as the mean
 
 
 def test_pairs_of_languages(tmp_path):
