@@ -80,7 +80,8 @@ class GeneratedAnswers(Task):
         # The line's end by its tokens: transformers' stop_strings does not know every kind of tokenizer.
         lines = [self._ids("\n" * n, special=False) for n in (1, 2)]
         ends = [ids[0] for ids in (*lines, [self.tokenizer.eos_token_id]) if len(ids) == 1 and ids[0] is not None]
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        # Every question has an answer: what is most likely to be a line's end at once is not to end it.
+        options = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": 1, "do_sample": False}
         options |= {"pad_token_id": self.tokenizer.pad_token_id or 0, "eos_token_id": ends or None}
         found = {}
         for begin in range(0, len(order), batch_size):
