@@ -18,7 +18,7 @@ from fastprompt.experiments.records import FROZEN
 from fastprompt.experiments.wording import MISSING, counted, digits, listed, metric_name, number
 
 METHOD = "prefix+alignment"
-RIVALS = ("prefix", "prompt", "head")
+RIVALS = ("prefix", "prompt", "head", FROZEN)
 REAL = "real"  # the variant that the others are held to
 _PHRASES = {AHEAD: "ahead of", WITHIN: "not apart from", BEHIND: "behind", UNJUDGED: "not judged against"}
 

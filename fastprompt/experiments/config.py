@@ -26,8 +26,8 @@ class StudyConfig:
         languages: to be scored. "de@test" takes another split than `test_split`. For retrieval those of `parallel`.
         train_split, validation_split, test_split: as `split` of `read_examples`.
         source: language of the labelled examples.
-        methods: of AdaptedBackbone, with "+alignment", "+adapters" and "+norms" as wanted; for retrieval also "frozen",
-            the backbone as it is.
+        methods: of AdaptedBackbone, with "+alignment", "+adapters" and "+norms" as wanted; and "frozen", the
+            backbone as it is, with a head as it begins.
         examples: numbers of labelled examples; "all" for all.
         seeds: of what is random in a run.
         parallel: language -> parallel text: a file, as `fastprompt.tasks.parallel.read_pairs` takes it, or {"pawsx",
@@ -127,8 +127,8 @@ class StudyConfig:
         name, *parts = method.split("+")
         if not set(parts) <= set(_PARTS):
             raise ValueError(f"methods must be one of TaskConfig's with any of {_PARTS}, got {method!r}")
-        if method == FROZEN and self.task == RETRIEVAL:
-            name = "head"  # of which nothing trains but the projection
+        if method == FROZEN:
+            name = "head"  # which does not train
         own = {"method": name, "examples": examples, "seed": seed}
         if "alignment" in parts or self.task == RETRIEVAL:  # which nothing else trains for
             own["alignment"] = self.alignment

@@ -11,7 +11,7 @@ RESULTS = "results.jsonl"
 STUDIES = ("scarcity", "stability", "pseudo")
 MAIN_METRICS = ("f1", "accuracy", "r@1")  # a run is judged by the first of them that it has
 MAJORITY = "majority"
-FROZEN = "frozen"  # the backbone as it is: rival of all methods where nothing trains but the alignment
+FROZEN = "frozen"  # the method that is none: the backbone as it is
 
 
 @dataclass(frozen=True)

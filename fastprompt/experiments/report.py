@@ -115,7 +115,7 @@ def _task(task: TaskResults, study: str) -> list[Block]:
 
 
 def _summary(task: TaskResults, study: str) -> list[Block]:
-    if any(series.method == FROZEN for series in task.series):
+    if FROZEN in (methods := {series.method for series in task.series}) and METHOD not in methods:
         subject = "each method, all of which train the alignment,"
         blocks = _comparison(task, compare_with_frozen(task), subject, "the frozen backbone")
     else:

@@ -19,6 +19,7 @@ from fastprompt.tasks.data import read_examples, spread
 from fastprompt.tasks.parallel import Pair, read_pairs, split_pairs
 from fastprompt.training.encoding import load_backbone
 from fastprompt.training.task_config import RETRIEVAL, TaskConfig
+from fastprompt.training.task_learner import TaskLearner
 from fastprompt.training.task_loop import draw, train_task
 
 from .config import StudyConfig
@@ -89,7 +90,7 @@ def run_study(
         if on_run is not None:
             on_run(number, len(planned), run, None)
         try:
-            made = _run(config, data, run, device)
+            made = _frozen_before(results, run) or _run(config, data, run, device)
         except FloatingPointError as error:  # the other runs can still be made
             diverged.append(f"{run.method} with {run.examples} examples and seed {run.seed}: {error}")
             continue
@@ -211,11 +212,14 @@ def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.devi
     else:
         settings = _settings(config, data, run, None)
         model, tokenizer = load_backbone(config.backbone, device, causal_head=True)
-        learner, records = train_task(
-            *(model, tokenizer, _train_examples(config, data, run), data.validation, settings),
-            language=config.source,
-            pairs=data.pairs if settings.alignment else (),
-        )
+        if run.method == FROZEN:
+            learner, records = TaskLearner(model, tokenizer, settings), []
+        else:
+            learner, records = train_task(
+                *(model, tokenizer, _train_examples(config, data, run), data.validation, settings),
+                language=config.source,
+                pairs=data.pairs if settings.alignment else (),
+            )
         scores = {task: {} for task in data.tests}
         for task, tests in data.tests.items():
             learner.task.metrics = task  # whose rules score answers
@@ -223,7 +227,7 @@ def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.devi
                 language = name.partition("@")[0].partition("-")[0]  # of mlqa's pairs, that of the contexts
                 scores[task][name] = learner.task.scores(examples, learner.predict(examples), language)
         best = [record["validation"] for record in records if "validation" in record]
-        validation, parameters = max(best, default=0.0), sum(p.numel() for p in learner.trained().values())
+        validation, parameters = max(best, default=0.0), _parameters(run, learner)
     about = {
         "method": run.method,
         "examples": run.examples,
@@ -242,6 +246,14 @@ def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.devi
         tests = data.tests["pawsx"]
         about["baseline"] = {"majority": {name: _majority(examples) for name, examples in tests.items()}}
     return [{"task": task, "scores": scores[task], **about} for task in [*config.also, config.task]]
+
+
+def _frozen_before(results: Path, run: Planned) -> list[dict]:
+    """The backbone as it is scores the same whatever the seed and the examples: once is enough."""
+    records = map(json.loads, results.read_text(encoding="utf-8").splitlines() if results.is_file() else [])
+    before = [record for record in records if record["method"] == run.method == FROZEN]
+    own = run._asdict()
+    return [record | own for record in before if _key(record) == _key(before[-1])]
 
 
 def _train_examples(config: StudyConfig, data: Data, run: Planned) -> list:
@@ -266,8 +278,12 @@ def _retrieve(config: StudyConfig, data: Data, run: Planned, language: str, devi
     return {
         "scores": scores,
         "records": records,
-        "parameters": 0 if run.method == FROZEN else sum(p.numel() for p in learner.trained().values()),
+        "parameters": _parameters(run, learner),
     }
+
+
+def _parameters(run: Planned, learner: TaskLearner) -> int:
+    return 0 if run.method == FROZEN else sum(p.numel() for p in learner.trained().values())
 
 
 def _majority(examples: Sequence) -> float:

@@ -169,8 +169,8 @@ def test_html_has_the_same_tables(tmp_path):
 def test_the_summary(tmp_path):
     _, markdown = report(tmp_path, [*FIVE, run("prompt", f1=(1.0, 1.0)), run("head", 128)])
     assert (
-        "By mean F1 over 2 languages, prefix+alignment against prefix, prompt and head: of 2 comparisons, ahead by "
-        "more than one standard deviation in 1, within one in 0, behind by more than one in 0, not judged for want of "
+        "By mean F1 over 2 languages, prefix+alignment against prefix, prompt, head and frozen: of 2 comparisons, ahead "
+        "by more than one standard deviation in 1, within one in 0, behind by more than one in 0, not judged for want of "
         "a second seed in 1."
     ) in markdown
     assert "- 64 examples, prefix+alignment: ahead of prefix (+5.0); not judged against prompt (+16.0)." in markdown
@@ -193,7 +193,7 @@ def test_behind_and_not_apart(tmp_path):
 
 def test_nothing_to_compare(tmp_path):
     _, markdown = report(tmp_path, [run()])
-    assert "prefix+alignment against prefix, prompt and head: no finished runs with the same number" in markdown
+    assert "prefix+alignment against prefix, prompt, head and frozen: no finished runs with the same number" in markdown
 
 
 def test_one_seed(tmp_path):

@@ -121,22 +121,26 @@ def test_scarcity_of_answers_in_two_tasks(files, configured, tmp_path, trained, 
     about = dict(
         task="xquad", train_split=str(files / "train.json[1:]"), validation_split=None, also=also, test_limit=2
     )
-    config = configured(**about, examples=[3, "all"])
+    config = configured(**about, methods=["head", "prefix", "frozen"], examples=[3, "all"])
     out = tmp_path / "out"
     run_study(config, out)
     _, read = read_results(out)
-    assert [record.task for record in read] == ["mlqa", "xquad"] * 4 and len(trained) == 4
+    assert [record.task for record in read] == ["mlqa", "xquad"] * 6 and len(trained) == 4
     assert {record.examples for record in read} == {3, 6}
     assert read[0].scores == {"de-en": {"exact_match": 1.5, "f1": 1.0}} and list(read[1].scores) == ["en", "de"]
     assert read[0].validation == 0.0 and read[0].losses == read[1].losses
+    frozen = [record for record in read if record.method == "frozen"]
+    assert [(record.task, record.examples) for record in frozen] == [(t, n) for n in (3, 6) for t in ("mlqa", "xquad")]
+    assert frozen[0].scores == frozen[2].scores and frozen[1].scores == frozen[3].scores
+    assert {(record.steps, record.trained_parameters, record.validation) for record in frozen} == {(0, 0, 0.0)}
     check_report(out)
 
     # It died while it wrote, of two lines, the second: the run is done again, and each line is there once.
     lines = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
-    for rest in (lines[:7], [*lines[:7], lines[7][:30]], [*lines[:6], lines[6][:9]]):
+    for rest in (lines[:9], [*lines[:9], lines[9][:30]], [*lines[:8], lines[8][:9]]):
         (out / "results.jsonl").write_bytes(b"".join(rest))
         trained.clear()
-        assert len(run_study(config, out)) == 2 and len(trained) == 1
+        assert len(run_study(config, out)) == 4 and len(trained) == 1
         assert runs(read_results(out)[1]) == runs(read)
 
 
@@ -183,7 +187,7 @@ def test_retrieval(files, configured, tmp_path, trained):
     assert [(record.examples, record.method) for record in read] == [
         (count, method) for count in (8, 20) for method in config.methods
     ]
-    assert len(trained) == 12 and [len(record.losses) for record in read[:3]] == [1, 2, 3]
+    assert len(trained) == 10 and [len(record.losses) for record in read[:3]] == [1, 2, 3]
     assert all(set(record.scores) == {"de", "cy"} for record in read)
     assert [record.trained_parameters for record in read[:3]] == [0, 48 * 48, 48 * 48 + 2 * 2 * 2 * 48]
     assert read[0].scores == read[3].scores  # by the backbone as it is, whatever it could train on
@@ -246,7 +250,6 @@ def test_the_same_study_gives_the_same_results(configured, tmp_path):
         ({"lr": 0.1}, r"unknown names \['lr'\]; there are"),
         ({"methods": ["prefix+glue"]}, r"methods must be one of TaskConfig's with any of .*got 'prefix\+glue'"),
         ({"methods": ["suffix"]}, "method must be one of .* got 'suffix'"),
-        ({"methods": ["frozen"]}, "method must be one of .* got 'frozen'"),
         ({"methods": "prefix"}, "methods must be a list, got 'prefix'"),
         ({"methods": []}, "methods must hold at least one, got none"),
         ({"methods": ["prefix+alignment"]}, "parallel must name a file at least, for methods with alignment, got none"),
