@@ -169,9 +169,9 @@ def test_html_has_the_same_tables(tmp_path):
 def test_the_summary(tmp_path):
     _, markdown = report(tmp_path, [*FIVE, run("prompt", f1=(1.0, 1.0)), run("head", 128)])
     assert (
-        "By mean F1 over 2 languages, prefix+alignment against prefix, prompt, head and frozen: of 2 comparisons, ahead "
-        "by more than one standard deviation in 1, within one in 0, behind by more than one in 0, not judged for want of "
-        "a second seed in 1."
+        "By mean F1 over 2 languages, prefix+alignment against prefix, prompt, head and frozen: of 2 comparisons, "
+        "ahead by more than one standard deviation in 1, within one in 0, behind by more than one in 0, not judged for "
+        "want of a second seed in 1."
     ) in markdown
     assert "- 64 examples, prefix+alignment: ahead of prefix (+5.0); not judged against prompt (+16.0)." in markdown
     (row, unjudged) = rows(markdown, "Difference of mean F1")[1:]
