@@ -54,6 +54,8 @@ def train(
     top_layers: Annotated[int | None, Option(help="With a task: train that many last layers, too.")] = None,
     train_head: Annotated[bool | None, Option("--train-head/--no-train-head", help="With a task: the head.")] = None,
     alignment: Annotated[float | None, Option(help="With a task: weight of the alignment of --parallel.")] = None,
+    alignment_form: Annotated[str | None, Option(help="Of its inputs: sentence, or as the task's: task.")] = None,
+    alignment_layer: Annotated[int | None, Option(help="Align what comes out of so many layers: the last.")] = None,
     alignment_schedule: Annotated[str | None, Option(help="Of that weight: constant, or linear to 0.")] = None,
     alignment_first: Annotated[int | None, Option(help="Steps of alignment alone, before those of the task.")] = None,
     alignment_batch_size: Annotated[int | None, Option(help="Pairs of a step, with a task.")] = None,

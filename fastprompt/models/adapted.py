@@ -66,10 +66,15 @@ class AdaptedBackbone(nn.Module):
         """The longest text, in tokens, that the position table has room for; None: any length."""
         return self._packed.geometry.positions if self.prompted is None else self.prompted.text_positions
 
-    def forward(self, **batch: Tensor) -> Tensor:
-        """(B, L, D) hidden states, zero at padding, for input_ids and attention_mask (B, L)."""
-        output = self._packed(batch) if self.prompted is None else self.prompted(**batch)
-        return output.last_hidden_state
+    def forward(self, *, layer: int | None = None, **batch: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, L, D) hidden states, zero at padding, for input_ids and attention_mask (B, L).
+
+        With `layer` two of them: the last, and what comes out of that many layers.
+        """
+        inputs = batch if layer is None else batch | {"output_hidden_states": True}
+        output = self._packed(inputs) if self.prompted is None else self.prompted(**inputs)
+        last = output.last_hidden_state
+        return last if layer is None else (last, output.hidden_states[layer])
 
     def prompt_parameters(self) -> list[nn.Parameter]:
         """Those of prompts, which want a larger learning rate than weights do."""

@@ -67,24 +67,49 @@ def batch_of(sentences: Sequence[list[int]], device: str | torch.device) -> dict
 
 
 def encode(
-    model: Callable, sentences: Sequence[list[int]], pooling: str, device: str | torch.device, **inputs
+    model: Callable,
+    sentences: Sequence[list[int]],
+    pooling: str,
+    device: str | torch.device,
+    layer: int | None = None,
+    **inputs,
 ) -> Tensor:
-    """(N, D) vectors of N sentences of token ids, one pass of `model` (its keyword arguments in, its output out)."""
+    """(N, D) vectors of N sentences of token ids, one pass of `model` (its keyword arguments in, its output out).
+
+    Of the last hidden states, or of those that come out of `layer` layers.
+    """
     batch = batch_of(sentences, device)
-    hidden = model(**batch, **inputs).last_hidden_state  # (N, L, D), zero at padding
+    if layer is None:
+        hidden = model(**batch, **inputs).last_hidden_state  # (N, L, D), zero at padding
+    else:
+        hidden = model(**batch, **inputs, output_hidden_states=True).hidden_states[layer]
     lengths = batch["attention_mask"].sum(1)
     if pooling == "mean":
-        return hidden.sum(1) / lengths[:, None]
+        begin = torch.tensor([first_row(len(tokens), layer) for tokens in sentences], device=device)
+        return (hidden.sum(1) - hidden[:, 0] * begin[:, None]) / (lengths - begin)[:, None]
     row = lengths - 1 if pooling == "last" else torch.zeros_like(lengths)
     return hidden[torch.arange(len(sentences), device=device), row]
 
 
+def first_row(length: int, layer: int | None) -> int:
+    """The first row of a sentence's mean: within a model all attention that is not needed goes to the first row of all,
+    whose state is the same for all sentences and many times as long as the others.
+    """
+    return int(layer is not None and length > 1)
+
+
 @torch.no_grad()
 def encode_all(
-    model: Callable, sentences: Sequence[list[int]], pooling: str, device: str | torch.device, batch_size: int = _BATCH
+    model: Callable,
+    sentences: Sequence[list[int]],
+    pooling: str,
+    device: str | torch.device,
+    batch_size: int = _BATCH,
+    layer: int | None = None,
 ) -> Tensor:
     """(N, D) vectors on the CPU of any number of sentences, without gradients."""
-    return torch.cat([encode(model, batch, pooling, device).cpu() for batch in _batches(sentences, batch_size)])
+    batches = _batches(sentences, batch_size)
+    return torch.cat([encode(model, batch, pooling, device, layer).cpu() for batch in batches])
 
 
 def _batches(sentences: Sequence[list[int]], size: int = _BATCH) -> Iterator[Sequence[list[int]]]:
@@ -134,6 +159,7 @@ def teacher_vectors(
     pooling: str,
     device: str | torch.device,
     cache: Path | None = None,
+    layer: int | None = None,
 ) -> Tensor:
     """(N, D) vectors of `digest`'s backbone without prompt, on the CPU, computed once and then read from the cache.
 
@@ -142,14 +168,15 @@ def teacher_vectors(
 
     Args:
         cache: folder; `cache_folder() / "training"` by default.
+        layer: as of `encode`.
     """
     backbone = digest.backbone
     return cached(
         _folder(cache),
-        digest(sentences, "teacher", pooling),
+        digest(sentences, "teacher", pooling, *([] if layer is None else [layer])),
         (len(sentences), backbone.config.hidden_size),
         backbone.dtype,
-        lambda: [encode_all(plain(backbone), sentences, pooling, device)],
+        lambda: [encode_all(plain(backbone), sentences, pooling, device, layer=layer)],
     )
 
 

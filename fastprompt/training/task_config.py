@@ -37,6 +37,10 @@ class TaskConfig:
             "task": sentences stand where the task has its two texts, each in either language by chance, and the rows
             of each are drawn to its teacher's vector. For span answers: one sentence is the question, and some, that
             one among them, are the context.
+        alignment_layer: align what comes out of so many layers; None: of the last. A causal model's last states are
+            about the next word, those in the middle about the sentence. A few features are there a hundred times as
+            large as the others: student and teacher are both brought to the teacher's mean and deviation, feature by
+            feature, and the mean of a sentence's rows leaves out the first of all. (Ours.)
         alignment_first: steps at the beginning in which there is the alignment loss alone, added to `steps`.
         alignment_batch_size: pairs of a step.
         distance, temperature: of the alignment loss, as in `fastprompt.ops.alignment_loss`.
@@ -69,6 +73,7 @@ class TaskConfig:
     alignment: float = 0.0
     alignment_form: str = "sentence"
     alignment_schedule: str = "constant"
+    alignment_layer: int | None = None
     alignment_first: int = 0
     alignment_batch_size: int = 16
     distance: str = "infonce+cosine"
@@ -93,7 +98,7 @@ class TaskConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        optional = ("examples", "patience", "num_layers")
+        optional = ("examples", "patience", "num_layers", "alignment_layer")
         positive = ("max_length", "batch_size", "alignment_batch_size", "steps", "evaluate_every", "lora_rank")
         for name, least in (*((name, 1) for name in optional + positive), ("alignment_first", 0), ("top_layers", 0)):
             value = getattr(self, name)
@@ -107,6 +112,8 @@ class TaskConfig:
             raise ValueError(f"adapter_size is for methods 'prompt' and 'prefix', got it with {self.method!r}")
         if self.task == RETRIEVAL and not self.alignment:
             raise ValueError(f"alignment must be above 0 for retrieval, got {self.alignment}")
+        if self.task == RETRIEVAL and self.alignment_layer is not None:
+            raise ValueError(f"alignment_layer must be None for retrieval, got {self.alignment_layer}")
         if self.alignment_form == "task" and self.task == "pawsx" and self.alignment_batch_size < 2:
             raise ValueError("alignment_batch_size must be 2 or more for pawsx with alignment_form 'task', got 1")
         if self.alignment_first and not self.alignment:

@@ -46,7 +46,12 @@ class TaskLearner(nn.Module):
             raise ValueError(
                 f"max_length must be at most {room}, what the position table has room for, got {config.max_length}"
             )
-        self.alignment = None
+        self.alignment, self.mean, self.deviation = None, None, None
+        if config.alignment_layer is not None and config.alignment_layer > len(self.adapted.layers):
+            raise ValueError(
+                f"alignment_layer must be at most {len(self.adapted.layers)}, the backbone's layers, "
+                f"got {config.alignment_layer}"
+            )
         if config.alignment:
             options = {"distance": config.distance, "temperature": config.temperature}
             self.alignment = AlignmentLoss(width, width, **options)
@@ -85,6 +90,12 @@ class TaskLearner(nn.Module):
             raise ValueError(f"nothing trains with method {config.method!r} and train_head {config.train_head}")
         return groups
 
+    def standardized(self, teacher: Tensor) -> Tensor:
+        """(N, D) with mean 0 and deviation 1 of each feature; what student vectors are to be brought to as well."""
+        deviation, self.mean = torch.std_mean(teacher, 0, correction=0)
+        self.deviation = torch.where(deviation > 0, deviation, 1)
+        return (teacher - self.mean) / self.deviation
+
     def loss(
         self, items: Sequence[Item], aligned: Sequence[Aligned] = (), teacher: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -95,11 +106,13 @@ class TaskLearner(nn.Module):
         Args:
             items: labelled inputs.
             aligned: inputs of the alignment.
-            teacher: (N, D) vectors of all pairs.
+            teacher: (N, D) vectors of all pairs; those of a layer `standardized`.
         """
         batch = [*items, *(each.item for each in aligned)]
         inputs = inputs_of(batch, self.device, self.adapted)
-        hidden, mask = self.adapted(**inputs), inputs["attention_mask"]
+        layer = self.config.alignment_layer if aligned else None
+        hidden, mask = self.adapted(layer=layer, **inputs), inputs["attention_mask"]
+        hidden, middle = (hidden, hidden) if layer is None else hidden
         losses = {}
         if items:
             losses["task"] = self.task.loss(hidden[: len(items)], mask[: len(items)], items)
@@ -112,7 +125,9 @@ class TaskLearner(nn.Module):
             ]
             rows = torch.cat([torch.arange(begin, end) for begin, end, _ in parts]).to(self.device)
             bounds = torch.tensor([0, *(end - begin for begin, end, _ in parts)]).cumsum(0).int().to(self.device)
-            student = pool(hidden.flatten(0, 1)[rows], self.config.pooling, cu_seqlens=bounds)
+            student = pool(middle.flatten(0, 1)[rows], self.config.pooling, cu_seqlens=bounds)
+            if layer is not None:
+                student = (student - self.mean) / self.deviation
             losses["alignment"] = self.alignment(student, teacher[[pair for _, _, pair in parts]])
         return losses
 

@@ -15,7 +15,7 @@ from torch import nn
 from fastprompt.models.adapted import keep_layers
 from fastprompt.tasks.parallel import Pair
 
-from .encoding import Digest, teacher_vectors, tokenize
+from .encoding import Digest, first_row, teacher_vectors, tokenize
 from .loop import stop_on_signal
 from .run import Run
 from .sampler import shuffled
@@ -101,7 +101,10 @@ def train_task(
         run = Run(Path(out), config, content, [], resume)
         state = run.state
     # What is adapted is, until it trains, the backbone as it came.
-    teacher = teacher_vectors(digest, source, config.pooling, device, cache).to(device) if pairs else None
+    teacher, layer = None, config.alignment_layer
+    if pairs:
+        teacher = teacher_vectors(digest, source, config.pooling, device, cache, layer).to(device)
+        teacher = teacher if layer is None else learner.standardized(teacher)
     if retrieval and validation:
         english = learner.task.tokenize([pair.source for pair in validation])
         learner.task.english = teacher_vectors(digest, english, config.pooling, device, cache)
@@ -135,7 +138,7 @@ def train_task(
             if config.alignment_form == "task":
                 aligned = learner.task.align(pairs, chosen, random.Random(f"{config.seed} {step}"))
             else:
-                aligned = [Aligned(Item(target[n], len(target[n]), None), [(0, len(target[n]), n)]) for n in chosen]
+                aligned = [sentence(target[n], n, config) for n in chosen]
             parts = learner.loss([items[n] for n in labelled] if fitting else [], aligned, teacher)
             loss = sum(part * (weight if name == "alignment" else 1.0) for name, part in parts.items())
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -180,6 +183,12 @@ def draw(examples: Sequence, count: int | None, seed: int) -> list:
     shuffled_examples = list(examples)
     random.Random(f"{seed} examples").shuffle(shuffled_examples)
     return shuffled_examples[:count]
+
+
+def sentence(ids: list[int], pair: int, config: TaskConfig) -> Aligned:
+    """The alignment's input of one sentence."""
+    begin = first_row(len(ids), config.alignment_layer) if config.pooling == "mean" else 0
+    return Aligned(Item(ids, len(ids), None), [(begin, len(ids), pair)])
 
 
 def _batch(seed: int, name: str, step: int, size: int, count: int) -> list[int]:

@@ -11,6 +11,7 @@ from fastprompt.tasks.squad import Answer, Question
 from fastprompt.training.encoding import Digest, batch_of, load_backbone, teacher_vectors, tokenize
 from fastprompt.training.task_config import TaskConfig
 from fastprompt.training.task_learner import TaskLearner
+from fastprompt.training.task_loop import sentence
 from fastprompt.training.tasks import Aligned, Item, Verbaliser, inputs_of, joined, run_sorted
 
 SMALL = dict(num_virtual_tokens=3, max_length=40, stride=8)
@@ -66,6 +67,50 @@ def test_both_losses_of_one_pass_are_those_of_two(learner, task, form):
     assert both.keys() == alone.keys() == {"task", "alignment"}
     for name, loss in both.items():
         torch.testing.assert_close(loss, alone[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "method"), [("bert", "prefix"), ("llama", "prefix"), ("llama", "lora")])
+def test_alignment_of_a_middle_layer(learner, folders, tmp_path, family, method):
+    """Against stock hidden states, one sentence at a time, in plain torch."""
+    made = learner(family, alignment=1.0, alignment_layer=1, method=method, distance="mse")
+    model, tokenizer = load_backbone(folders(family))
+    source, target = (tokenize(tokenizer, [pair[side] for pair in translations(6)], "", 40) for side in (0, 1))
+    target[3] = target[3][:1]  # nothing but the first row
+
+    def vector(ids):
+        rows = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+        return rows[len(ids) > 1 :].mean(0)
+
+    with torch.no_grad():
+        stock = torch.stack([vector(ids) for ids in source])
+    mean, deviation = stock.mean(0), stock.var(0, correction=0).sqrt()
+    teacher = teacher_vectors(Digest(model), source, "mean", "cpu", tmp_path, layer=1)
+    torch.testing.assert_close(teacher, stock, rtol=1e-4, atol=1e-5)
+    teacher = made.standardized(teacher)
+    torch.testing.assert_close(teacher, (stock - mean) / deviation, rtol=1e-3, atol=1e-3)
+
+    aligned = [sentence(ids, n, made.config) for n, ids in enumerate(target)]
+    for items in ([], made.task.encode(paraphrases(3))):
+        loss = made.loss(items, aligned, teacher)["alignment"]
+        made.zero_grad()
+        loss.backward()
+        prompted = made.adapted.prompted
+        model = made.adapted.backbone if prompted is None else lambda **inputs: prompted(**inputs)  # noqa: B023
+        student = (torch.stack([vector(ids) for ids in target]) - mean) / deviation
+        unit = torch.nn.functional.normalize
+        expected = (unit(student, dim=-1) - unit(teacher, dim=-1)).square().mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+        reached = [n for n, p in made.adapted.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        assert reached and not any("layers.1." in name or "layer.1." in name for name in reached)
+        if prompted is not None:
+            grad = prompted.prompt.weight.grad.view(3, -1, 2, 48)  # (P, layers, key and value, features)
+            assert grad[:, 0].abs().sum() > 0 and grad[:, 1:].abs().sum() == 0
+
+
+def test_a_feature_that_never_changes_is_left_as_it_is(learner):
+    made = learner(alignment=1.0, alignment_layer=1)
+    vectors = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    assert made.standardized(vectors).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
 
 
 def test_the_task_loss_is_that_of_plain_torch(learner):
@@ -292,6 +337,13 @@ def test_save_and_load(learner, tmp_path):
             {"alignment": 1.0, "alignment_form": "task"},
             "alignment_form must be 'sentence' for Verbaliser, got 'task'",
         ),
+        (
+            "bert",
+            {"task": "retrieval", "alignment": 1.0, "alignment_layer": 1},
+            "alignment_layer must be None for retrieval, got 1",
+        ),
+        ("bert", {"alignment_layer": 4}, "alignment_layer must be at most 3, the backbone's layers, got 4"),
+        ("bert", {"alignment_layer": 0}, "alignment_layer must be an integer, 1 or more, got 0"),
         (
             "bert",
             {"task": "retrieval", "alignment": 1.0, "alignment_form": "task"},

@@ -160,6 +160,7 @@ class Killed(Exception):
         (5, "killed", {"alignment_form": "task"}),
         (5, "interrupted", {"alignment_form": "task"}),
         (6, "killed", {"method": "lora"}),
+        (5, "killed", {"alignment_layer": 1}),
         (6, "interrupted", {"method": "full"}),
     ],
 )
