@@ -8,6 +8,7 @@ from fastprompt.tasks.squad import Answer, Question
 from fastprompt.training.encoding import batch_of, load_backbone
 from fastprompt.training.generated import GeneratedAnswers
 from fastprompt.training.task_config import TaskConfig
+from fastprompt.training.task_learner import TaskLearner
 from fastprompt.training.task_loop import train_task
 
 
@@ -58,3 +59,14 @@ def test_learns_to_write_the_answers(causal, method):
     assert records[-1]["loss"] < 0.2 < records[0]["loss"]
     assert learner.predict(QUESTIONS) == {"0": "w5 w6", "1": "w9"}
     assert learner.task.scores(QUESTIONS, learner.predict(QUESTIONS), "en") == {"exact_match": 100.0, "f1": 100.0}
+
+
+@pytest.mark.parametrize("method", ["prefix", "lora"])
+def test_an_answer_is_never_empty(causal, method):
+    """The end is the likeliest from the beginning, and w7 the likeliest word."""
+    model, tokenizer = causal
+    likely = torch.zeros(model.config.vocab_size)
+    likely[tokenizer.eos_token_id], likely[tokenizer.convert_tokens_to_ids("w7")] = 2e3, 1e3
+    model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + likely)
+    learner = TaskLearner(model, tokenizer, TaskConfig(task="xquad", method=method, max_length=60))
+    assert learner.predict(QUESTIONS) == {"0": "w7", "1": "w7"}
