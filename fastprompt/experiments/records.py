@@ -25,7 +25,7 @@ class Record:
     variant: str  # what it was trained on, or ""
     scores: dict[str, dict[str, float]]  # language, or pair of languages -> metric -> score
     source: str  # the training language
-    validation: float  # the best
+    validation: float  # the best; 0 where there is nothing to choose by
     seconds: float
     steps: int
     trained_parameters: int

@@ -204,8 +204,7 @@ def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.devi
         tests = data.tests[RETRIEVAL]
         trained = [_retrieve(config, data, run, language, device) for language in tests]
         scores = {RETRIEVAL: {name: each["scores"] for name, each in zip(tests, trained, strict=True)}}
-        validation = sum(score["r@1"] for score in scores[RETRIEVAL].values()) / len(tests)
-        records, parameters = trained[0]["records"], trained[0]["parameters"]
+        validation, records, parameters = 0.0, trained[0]["records"], trained[0]["parameters"]
         for name in ("loss", "gradient_norm"):  # of a step: the mean over languages
             for n, record in enumerate(records):
                 record[name] = sum(each["records"][n][name] for each in trained) / len(trained)

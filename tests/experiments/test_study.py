@@ -190,6 +190,7 @@ def test_retrieval(files, configured, tmp_path, trained):
     assert len(trained) == 10 and [len(record.losses) for record in read[:3]] == [1, 2, 3]
     assert all(set(record.scores) == {"de", "cy"} for record in read)
     assert [record.trained_parameters for record in read[:3]] == [0, 48 * 48, 48 * 48 + 2 * 2 * 2 * 48]
+    assert {record.validation for record in read} == {0.0}  # nothing is chosen by the scores
     assert read[0].scores == read[3].scores  # by the backbone as it is, whatever it could train on
     check_report(tmp_path / "out")
 
