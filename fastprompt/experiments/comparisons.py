@@ -12,10 +12,11 @@ from fastprompt.experiments.aggregate import (
     Spread,
     TaskResults,
     compare,
+    spread,
 )
 from fastprompt.experiments.document import Table
 from fastprompt.experiments.records import FROZEN
-from fastprompt.experiments.wording import MISSING, counted, digits, listed, metric_name, number
+from fastprompt.experiments.wording import MISSING, counted, digits, listed, metric_name, number, spread_text
 
 METHOD = "prefix+alignment"
 RIVALS = ("prefix", "prompt", "head", FROZEN)
@@ -32,6 +33,7 @@ class Comparison:
     rival: Series
     difference: float  # of the means over languages
     bound: float | None  # the larger of the two standard deviations
+    by_seed: Spread | None  # of the differences seed by seed: the same examples, in the same order
     verdict: str
     by_language: Counter  # verdict -> languages
 
@@ -66,6 +68,12 @@ def _compared(task: TaskResults, pairs: list[tuple[Series, Series]]) -> list[Com
                 return [task.spread(*cell, value) for cell in cells]
 
             own, other = both(lambda record: record.mean(metric))
+            theirs = {record.seed: record.mean(metric) for record in task.cell(rival, examples)}
+            paired = spread(
+                record.mean(metric) - theirs[record.seed]
+                for record in task.cell(ours, examples)
+                if record.seed in theirs
+            )
             verdicts = (
                 compare(*both(lambda record, language=language: record.scores[language][metric]))
                 for language in task.languages
@@ -73,7 +81,7 @@ def _compared(task: TaskResults, pairs: list[tuple[Series, Series]]) -> list[Com
             bound = None if own.sd is None or other.sd is None else max(own.sd, other.sd)
             difference = own.mean - other.mean
             comparisons.append(
-                Comparison(examples, ours, rival, difference, bound, compare(own, other), Counter(verdicts))
+                Comparison(examples, ours, rival, difference, bound, paired, compare(own, other), Counter(verdicts))
             )
     return comparisons
 
@@ -115,6 +123,7 @@ def sentences(task: TaskResults, comparisons: list[Comparison]) -> list[str]:
 def comparison_table(task: TaskResults, comparisons: list[Comparison]) -> Table:
     """A row for each comparison; the verdicts language by language are counted."""
     places = digits(task.metrics[0])
+    headings = ["comparison", "examples", "difference", "larger sd", "seed by seed", "verdict"]
     verdicts = (AHEAD, WITHIN, BEHIND, UNJUDGED)
     rows = []
     for comparison in comparisons:
@@ -124,13 +133,15 @@ def comparison_table(task: TaskResults, comparisons: list[Comparison]) -> Table:
                 f"{comparison.examples:,}",
                 number(comparison.difference, places, "+"),
                 number(comparison.bound, places),
+                spread_text(comparison.by_seed, places, task.most_seeds, "+"),
                 comparison.verdict,
                 *(str(comparison.by_language[verdict] or MISSING) for verdict in verdicts),
             ]
         )
     return Table(
-        f"Difference of mean {metric_name(task.metrics[0])}, the larger of the two standard deviations, and the number "
-        "of languages in which the method is ahead, not apart, behind and not judged by the same rule.",
-        ["comparison", "examples", "difference", "larger sd", "verdict", *(f"languages {name}" for name in verdicts)],
+        f"Difference of mean {metric_name(task.metrics[0])}, the larger of the two standard deviations, mean ± sd of "
+        "the differences seed by seed (a seed trains both on the same examples in the same order), and the number of "
+        "languages in which the method is ahead, not apart, behind and not judged by the same rule.",
+        [*headings, *(f"languages {name}" for name in verdicts)],
         rows,
     )

@@ -40,11 +40,11 @@ def significant(value: float | None) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "not finite"
 
 
-def spread_text(spread: Spread | None, places: int, most_seeds: int) -> str:
-    """Mean ± standard deviation, marked with the seeds if they are fewer than `most_seeds`."""
+def spread_text(spread: Spread | None, places: int, most_seeds: int, sign: str = "") -> str:
+    """Mean ± standard deviation, marked with the seeds if they are fewer than `most_seeds`; `sign` as of `number`."""
     if spread is None:
         return MISSING
-    text = number(spread.mean, places)
+    text = number(spread.mean, places, sign)
     if spread.sd is not None:
         text += f" ± {number(spread.sd, places)}"
     return text if spread.count == most_seeds else f"{text} (n={spread.count})"
