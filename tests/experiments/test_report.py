@@ -175,7 +175,6 @@ def test_the_summary(tmp_path):
     ) in markdown
     assert "- 64 examples, prefix+alignment: ahead of prefix (+5.0); not judged against prompt (+16.0)." in markdown
     (row, unjudged) = rows(markdown, "Difference of mean F1")[1:]
-    # seeds 0 and 1: 16 - 10 and 18 - 12
     assert row == ["prefix+alignment against prefix", "64", "+5.0", "2.0", "+6.0 ± 0.0 (n=2)", "ahead", "2", *"–––"]
     assert unjudged[2:] == ["+16.0", "–", "+15.0 (n=1)", "not judged", "–", "–", "–", "2"]
 

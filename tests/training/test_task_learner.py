@@ -97,9 +97,8 @@ def test_alignment_of_a_middle_layer(learner, folders, tmp_path, family, method)
         prompted = made.adapted.prompted
         model = made.adapted.backbone if prompted is None else lambda **inputs: prompted(**inputs)  # noqa: B023
         student = (torch.stack([vector(ids) for ids in target]) - mean) / deviation
-        unit = torch.nn.functional.normalize
-        expected = (unit(student, dim=-1) - unit(teacher, dim=-1)).square().mean()
-        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+        student, unit = (torch.nn.functional.normalize(each, dim=-1) for each in (student, teacher))
+        torch.testing.assert_close(loss, (student - unit).square().mean(), rtol=1e-3, atol=1e-5)
         reached = [n for n, p in made.adapted.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
         assert reached and not any("layers.1." in name or "layer.1." in name for name in reached)
         if prompted is not None:
@@ -109,8 +108,7 @@ def test_alignment_of_a_middle_layer(learner, folders, tmp_path, family, method)
 
 def test_a_feature_that_never_changes_is_left_as_it_is(learner):
     made = learner(alignment=1.0, alignment_layer=1)
-    vectors = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
-    assert made.standardized(vectors).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+    assert made.standardized(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
 
 
 def test_the_task_loss_is_that_of_plain_torch(learner):
