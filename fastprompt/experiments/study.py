@@ -90,7 +90,7 @@ def run_study(
         if on_run is not None:
             on_run(number, len(planned), run, None)
         try:
-            made = _frozen_before(results, run) or _run(config, data, run, device)
+            made = _frozen_before(config, data, results, run) or _run(config, data, run, device)
         except FloatingPointError as error:  # the other runs can still be made
             diverged.append(f"{run.method} with {run.examples} examples and seed {run.seed}: {error}")
             continue
@@ -247,10 +247,16 @@ def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.devi
     return [{"task": task, "scores": scores[task], **about} for task in [*config.also, config.task]]
 
 
-def _frozen_before(results: Path, run: Planned) -> list[dict]:
-    """The backbone as it is scores the same whatever the seed and the examples: once is enough."""
-    records = map(json.loads, results.read_text(encoding="utf-8").splitlines() if results.is_file() else [])
-    before = [record for record in records if record["method"] == run.method == FROZEN]
+def _frozen_before(config: StudyConfig, data: Data, results: Path, run: Planned) -> list[dict]:
+    """The backbone as it is scores the same whatever the seed and the examples, with settings that are the same."""
+    if run.method != FROZEN or not results.is_file():
+        return []
+
+    def settings(of: Planned) -> TaskConfig:
+        return _settings(config, data, of._replace(seed=0), None)
+
+    records = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    before = [each for each in records if each["method"] == FROZEN and settings(Planned(*_key(each))) == settings(run)]
     own = run._asdict()
     return [record | own for record in before if _key(record) == _key(before[-1])]
 

@@ -38,7 +38,7 @@ class TaskConfig:
             of each are drawn to its teacher's vector. For span answers: one sentence is the question, and some, that
             one among them, are the context.
         alignment_layer: align what comes out of so many layers; None: of the last. A causal model's last states are
-            about the next word, those in the middle about the sentence. A few features are there a hundred times as
+            about the next word, those in the middle about the sentence. A few features are there some hundred times as
             large as the others: student and teacher are both brought to the teacher's mean and deviation, feature by
             feature, and the mean of a sentence's rows leaves out the first of all. (Ours.)
         alignment_first: steps at the beginning in which there is the alignment loss alone, added to `steps`.

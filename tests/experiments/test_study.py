@@ -238,6 +238,14 @@ def test_what_is_done_is_not_done_again(configured, tmp_path, trained, monkeypat
     assert (out / "results.jsonl").read_bytes() == before
 
 
+def test_the_frozen_backbone_is_scored_once_for_each_of_its_settings(configured, tmp_path, monkeypatch):
+    made, run = [], study._run
+    monkeypatch.setattr(study, "_run", lambda *args: made.append(args[2].examples) or run(*args))
+    config = configured(methods=["frozen"], examples=[4, 5, 6], seeds=[0, 1], examples_settings={5: {"max_length": 8}})
+    assert len(run_study(config, tmp_path / "out")) == 6
+    assert made == [4, 5]
+
+
 def test_the_same_study_gives_the_same_results(configured, tmp_path):
     first, second = (run_study(configured(methods=["lora"]), tmp_path / name) for name in "ab")
     for name in ("losses", "scores", "gradient_norms", "validation"):

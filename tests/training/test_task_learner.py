@@ -95,7 +95,7 @@ def test_alignment_of_a_middle_layer(learner, folders, tmp_path, family, method)
         made.zero_grad()
         loss.backward()
         prompted = made.adapted.prompted
-        model = made.adapted.backbone if prompted is None else lambda **inputs: prompted(**inputs)  # noqa: B023
+        model = made.adapted.backbone if prompted is None else prompted
         student = (torch.stack([vector(ids) for ids in target]) - mean) / deviation
         student, unit = (torch.nn.functional.normalize(each, dim=-1) for each in (student, teacher))
         torch.testing.assert_close(loss, (student - unit).square().mean(), rtol=1e-3, atol=1e-5)
