@@ -62,7 +62,7 @@ class TaskLearner(nn.Module):
             self.task = _task(config, tokenizer, backbone)
         if config.alignment and config.alignment_form == "task" and type(self.task).align is Task.align:
             raise ValueError(f"alignment_form must be 'sentence' for {type(self.task).__name__}, got 'task'")
-        if not config.train_head and type(self.task) is PairClassification:
+        if not config.train_head and isinstance(self.task, PairClassification):
             raise ValueError("train_head must be True for pawsx with an encoder, whose head begins at 0, got False")
         self.task.requires_grad_(config.train_head)
         self.to(device)

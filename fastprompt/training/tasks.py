@@ -129,7 +129,29 @@ def joined(
     return Aligned(Item(ids, sides.index(1) if 1 in sides else len(ids), None), parts)
 
 
-class PairClassification(Task):
+class SentencePairs(Task):
+    """PAWS-X by two logits a pair: what the encoder's head and the causal model's words have in common."""
+
+    metric = "accuracy"
+
+    def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+        """Logits (B, 2) of hidden states (B, L, D) of items, with mask (B, L)."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
+        labels = torch.tensor([item.target for item in items], device=hidden.device)
+        return F.cross_entropy(self.logits(hidden, mask, items), labels)
+
+    def predict(self, model: Callable, examples: Sequence[Example], batch_size: int = 32) -> dict[str, int]:
+        device = next(model.parameters()).device
+        logits = run_sorted(model, self.encode(examples), self.logits, batch_size, device)
+        return {example.id: int(row.argmax()) for example, row in zip(examples, logits, strict=True)}
+
+    def scores(self, examples: Sequence[Example], predictions: dict[str, int], language: str) -> dict[str, float]:
+        return accuracy([example.label for example in examples], [predictions[example.id] for example in examples])
+
+
+class PairClassification(SentencePairs):
     """PAWS-X with an encoder: both sentences in one input, a linear head on a pooled vector.
 
     Args:
@@ -139,8 +161,6 @@ class PairClassification(Task):
         prefix_text: put before the first sentence.
         max_length: tokens of an input.
     """
-
-    metric = "accuracy"
 
     def __init__(self, tokenizer: Callable, width: int, pooling: str, prefix_text: str, max_length: int) -> None:
         super().__init__()
@@ -171,20 +191,8 @@ class PairClassification(Task):
     def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
         return self.head(pool(hidden, self.pooling, mask))
 
-    def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
-        labels = torch.tensor([item.target for item in items], device=hidden.device)
-        return F.cross_entropy(self.logits(hidden, mask, items), labels)
 
-    def predict(self, model: Callable, examples: Sequence[Example], batch_size: int = 32) -> dict[str, int]:
-        device = next(model.parameters()).device
-        logits = run_sorted(model, self.encode(examples), self.logits, batch_size, device)
-        return {example.id: int(row.argmax()) for example, row in zip(examples, logits, strict=True)}
-
-    def scores(self, examples: Sequence[Example], predictions: dict[str, int], language: str) -> dict[str, float]:
-        return accuracy([example.label for example in examples], [predictions[example.id] for example in examples])
-
-
-class Verbaliser(PairClassification):
+class Verbaliser(SentencePairs):
     """PAWS-X with a causal model: the next word after a question, of two, says which class; there is no head.
 
     Args:
@@ -195,10 +203,9 @@ class Verbaliser(PairClassification):
 
     TEMPLATE = "Sentence 1: {}\nSentence 2: {}\nDo both sentences mean the same? Answer:"
     WORDS = (" No", " Yes")  # of the classes 0 and 1
-    align = Task.align
 
     def __init__(self, tokenizer: Callable, model: nn.Module, max_length: int) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.tokenizer, self.max_length = tokenizer, max_length
         words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.WORDS]
         if words[0] == words[1]:
