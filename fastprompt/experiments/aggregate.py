@@ -88,6 +88,11 @@ class Series(NamedTuple):
     def label(self) -> str:
         return f"{self.method} ({self.variant})" if self.variant else self.method
 
+    @property
+    def unaligned(self) -> "Series":
+        """The same without alignment; itself, if it has none."""
+        return self._replace(method=self.method.replace("+alignment", ""))
+
 
 @dataclass(frozen=True)
 class TaskResults:

@@ -18,8 +18,7 @@ from fastprompt.experiments.document import Table
 from fastprompt.experiments.records import FROZEN
 from fastprompt.experiments.wording import MISSING, counted, digits, listed, metric_name, number, spread_text
 
-METHOD = "prefix+alignment"
-RIVALS = ("prefix", "prompt", "head", FROZEN)
+RIVALS = ("prompt", "head", FROZEN)  # of a method with alignment, beside itself without
 REAL = "real"  # the variant that the others are held to
 _PHRASES = {AHEAD: "ahead of", WITHIN: "not apart from", BEHIND: "behind", UNJUDGED: "not judged against"}
 
@@ -39,9 +38,13 @@ class Comparison:
 
 
 def compare_methods(task: TaskResults) -> list[Comparison]:
-    """METHOD against each of RIVALS, trained on the same variant."""
-    ours = [series for series in task.series if series.method == METHOD]
-    return _compared(task, [(own, Series(rival, own.variant)) for own in ours for rival in RIVALS])
+    """Each method with alignment against itself without and each of RIVALS, trained on the same variant."""
+    pairs = []
+    for own in task.series:
+        if own.unaligned != own:
+            rivals = dict.fromkeys((own.unaligned.method, *RIVALS))
+            pairs += [(own, Series(rival, own.variant)) for rival in rivals]
+    return _compared(task, pairs)
 
 
 def compare_with_frozen(task: TaskResults) -> list[Comparison]:
@@ -89,7 +92,8 @@ def _compared(task: TaskResults, pairs: list[tuple[Series, Series]]) -> list[Com
 def total_sentence(task: TaskResults, comparisons: list[Comparison], subject: str, rivals: str) -> str:
     """In how many of `comparisons` `subject` is ahead, not apart, behind and not judged."""
     if not comparisons:
-        return f"{subject} against {rivals}: no finished runs with the same number of examples, so nothing to compare."
+        whole = f"{subject} against {rivals}: no finished runs with the same number of examples, so nothing to compare."
+        return whole[0].upper() + whole[1:]
     count = Counter(comparison.verdict for comparison in comparisons)
     text = (
         f"By mean {metric_name(task.metrics[0])} over {counted(len(task.languages), 'language')}, {subject} against "

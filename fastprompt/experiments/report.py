@@ -7,7 +7,6 @@ from fastprompt._files import write_text
 from fastprompt.experiments import plots, tables
 from fastprompt.experiments.aggregate import TaskResults, by_task
 from fastprompt.experiments.comparisons import (
-    METHOD,
     REAL,
     RIVALS,
     Comparison,
@@ -115,11 +114,12 @@ def _task(task: TaskResults, study: str) -> list[Block]:
 
 
 def _summary(task: TaskResults, study: str) -> list[Block]:
-    if FROZEN in (methods := {series.method for series in task.series}) and METHOD not in methods:
-        subject = "each method, all of which train the alignment,"
-        blocks = _comparison(task, compare_with_frozen(task), subject, "the frozen backbone")
+    frozen = any(series.method == FROZEN for series in task.series)
+    if frozen and all(series.unaligned == series for series in task.series):  # for retrieval, all train the alignment
+        blocks = _comparison(task, compare_with_frozen(task), "each method", "the frozen backbone")
     else:
-        blocks = _comparison(task, compare_methods(task), METHOD, listed(list(RIVALS)))
+        rivals = f"itself without, {listed(list(RIVALS))}"
+        blocks = _comparison(task, compare_methods(task), "each method with alignment", rivals)
     if study == "pseudo":
         blocks += _comparison(task, compare_variants(task), "each other variant", REAL)
     below = _not_above_majority(task)

@@ -169,9 +169,9 @@ def test_html_has_the_same_tables(tmp_path):
 def test_the_summary(tmp_path):
     _, markdown = report(tmp_path, [*FIVE, run("prompt", f1=(1.0, 1.0)), run("head", 128)])
     assert (
-        "By mean F1 over 2 languages, prefix+alignment against prefix, prompt, head and frozen: of 2 comparisons, "
-        "ahead by more than one standard deviation in 1, within one in 0, behind by more than one in 0, not judged for "
-        "want of a second seed in 1."
+        "By mean F1 over 2 languages, each method with alignment against itself without, prompt, head and frozen: of 2 "
+        "comparisons, ahead by more than one standard deviation in 1, within one in 0, behind by more than one in 0, "
+        "not judged for want of a second seed in 1."
     ) in markdown
     assert "- 64 examples, prefix+alignment: ahead of prefix (+5.0); not judged against prompt (+16.0)." in markdown
     (row, unjudged) = rows(markdown, "Difference of mean F1")[1:]
@@ -182,18 +182,19 @@ def test_the_summary(tmp_path):
 def test_behind_and_not_apart(tmp_path):
     runs = [
         run(method, seed=seed, f1=(value + seed, value + seed))
-        for method, value in (("head", 20.2), ("prompt", 25.0), ("prefix+alignment", 20.0))
+        for method, value in (("head", 20.2), ("prompt", 25.0), ("lora", 10.0), ("lora+alignment", 20.0))
         for seed in (0, 1)
     ]
     task = results(tmp_path, runs)
     assert sentences(task, compare_methods(task)) == [
-        "64 examples, prefix+alignment: not apart from head (-0.2); behind prompt (-5.0)."
+        "64 examples, lora+alignment: ahead of lora (+10.0); not apart from head (-0.2); behind prompt (-5.0)."
     ]
 
 
 def test_nothing_to_compare(tmp_path):
     _, markdown = report(tmp_path, [run()])
-    assert "prefix+alignment against prefix, prompt, head and frozen: no finished runs with the same number" in markdown
+    assert "
+Each method with alignment against itself without, prompt, head and frozen: no finished runs" in markdown
 
 
 def test_one_seed(tmp_path):
@@ -249,7 +250,7 @@ def test_retrieval_and_several_tasks(tmp_path):
     assert "xquad (1 run) and retrieval (4 runs)" in markdown
     assert rows(markdown, "Mean R@1 (0 to 1)")[1] == ["head", "**0.430 ± 0.014**"]
     assert "- 64 examples, head: ahead of frozen (+0.130)." in markdown
-    assert "all of which train the alignment, against the frozen backbone: of 1 comparison, ahead" in markdown
+    assert "each method against the frozen backbone: of 1 comparison, ahead" in markdown
     assert markdown.count("\nTransfer: mean") == 2  # xquad's: for retrieval it would be the same as the mean
 
 
