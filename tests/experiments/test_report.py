@@ -193,8 +193,7 @@ def test_behind_and_not_apart(tmp_path):
 
 def test_nothing_to_compare(tmp_path):
     _, markdown = report(tmp_path, [run()])
-    assert "
-Each method with alignment against itself without, prompt, head and frozen: no finished runs" in markdown
+    assert "\nEach method with alignment against itself without, prompt, head and frozen: no finished runs" in markdown
 
 
 def test_one_seed(tmp_path):
