@@ -34,7 +34,8 @@ def changed(out, change):
 
 def slower(record):
     seconds = record["ways"]["ours"]["seconds"]
-    seconds |= {name: 10 * value for name, value in seconds.items()}
+    # Beyond any noise: on a busy machine the intervals of both, and of the rivals, are wide.
+    seconds |= {name: 1000 * value for name, value in seconds.items()}
 
 
 def test_writes_what_it_measured(measured):
