@@ -114,12 +114,12 @@ def _task(task: TaskResults, study: str) -> list[Block]:
 
 
 def _summary(task: TaskResults, study: str) -> list[Block]:
-    frozen = any(series.method == FROZEN for series in task.series)
-    if frozen and all(series.unaligned == series for series in task.series):  # for retrieval, all train the alignment
-        blocks = _comparison(task, compare_with_frozen(task), "each method", "the frozen backbone")
-    else:
+    blocks: list[Block] = []
+    if any(series.unaligned != series for series in task.series):
         rivals = f"itself without, {listed(list(RIVALS))}"
         blocks = _comparison(task, compare_methods(task), "each method with alignment", rivals)
+    elif any(series.method == FROZEN for series in task.series):  # as for retrieval, where all methods align
+        blocks = _comparison(task, compare_with_frozen(task), "each method", "the frozen backbone")
     if study == "pseudo":
         blocks += _comparison(task, compare_variants(task), "each other variant", REAL)
     below = _not_above_majority(task)

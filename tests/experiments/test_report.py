@@ -192,14 +192,14 @@ def test_behind_and_not_apart(tmp_path):
 
 
 def test_nothing_to_compare(tmp_path):
-    _, markdown = report(tmp_path, [run()])
+    _, markdown = report(tmp_path, [run("prefix+alignment")])
     assert "\nEach method with alignment against itself without, prompt, head and frozen: no finished runs" in markdown
 
 
 def test_one_seed(tmp_path):
     page, markdown = report(tmp_path, [run(), run("head", f1=(4.0, 2.0))])
     assert rows(markdown, "Mean F1 (%)")[1:] == [["head", "3.0"], ["prefix", "**15.0**"]]
-    assert "1 seed, so no standard deviation" in markdown
+    assert "1 seed, so no standard deviation" in markdown and "with alignment" not in markdown
     assert "±" not in "".join(line for line in markdown.splitlines() if line.startswith("|"))
     assert page.count("<svg") == 2  # the seeds and the losses: nothing to draw over the number of examples
 
