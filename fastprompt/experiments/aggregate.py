@@ -7,9 +7,9 @@ from functools import cached_property
 from statistics import quantiles
 from typing import NamedTuple
 
-from fastprompt.experiments.records import MAJORITY, Record
+from fastprompt.experiments.records import FROZEN, MAJORITY, Record
 
-METHODS = ("head", "full", "lora", "prompt", "prefix", "prefix+alignment", "prefix+alignment+adapters")
+METHODS = (FROZEN, "head", "full", "lora", "prompt", "prefix")  # in this order, each before what adds parts to it
 AHEAD, BEHIND, WITHIN, UNJUDGED = "ahead", "behind", "not apart", "not judged"
 
 
@@ -125,9 +125,14 @@ class TaskResults:
     @cached_property
     def series(self) -> list[Series]:
         """Methods in the order of METHODS, others in that of their first run; so too the variants of each method."""
-        methods = list(dict.fromkeys([*METHODS, *(record.method for record in self.records)]))
-        found = dict.fromkeys(Series(record.method, record.variant) for record in self.records)
-        return sorted(found, key=lambda series: methods.index(series.method))
+        methods = list(dict.fromkeys(record.method for record in self.records))
+
+        def place(series: Series) -> tuple[int, int, int]:
+            name, *parts = series.method.split("+")
+            known = METHODS.index(name) if name in METHODS else len(METHODS)
+            return known, len(parts), methods.index(series.method)
+
+        return sorted(dict.fromkeys(Series(record.method, record.variant) for record in self.records), key=place)
 
     @cached_property
     def _cells(self) -> dict[tuple[Series, int], list[Record]]:

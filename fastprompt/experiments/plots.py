@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from fastprompt._extras import require
-from fastprompt.experiments.aggregate import METHODS, Series, TaskResults, block_means, mean, spread
+from fastprompt.experiments.aggregate import Series, TaskResults, block_means, mean, spread
 from fastprompt.experiments.records import Record
 from fastprompt.experiments.wording import counted, metric_with_unit
 
@@ -140,8 +140,8 @@ def _line(axes, task: TaskResults, series: Series, x: list[float], spreads: list
 
 
 def _look(task: TaskResults, series: Series) -> tuple[str, str, str]:
-    """Colour and marker by method, the same in every task for those of METHODS; dashes by variant."""
-    methods = list(dict.fromkeys([*METHODS, *(one.method for one in task.series)]))
+    """Colour and marker by method, dashes by variant."""
+    methods = list(dict.fromkeys(one.method for one in task.series))
     variants = list(dict.fromkeys(one.variant for one in task.series))
     method, variant = methods.index(series.method), variants.index(series.variant)
     return _COLOURS[method % len(_COLOURS)], _MARKERS[method % len(_MARKERS)], _DASHES[variant % len(_DASHES)]
