@@ -12,7 +12,7 @@ from fastprompt.experiments.wording import counted, metric_with_unit
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, but for the yellow, too faint on white.
 _COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vPX*"  # one more than colours, so that they meet again late
 _DASHES = ("-", "--", ":", "-.")
 _POINTS = 60  # of a loss curve
 _ACROSS = 4  # small multiples in a row

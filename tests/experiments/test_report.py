@@ -20,6 +20,7 @@ from fastprompt.experiments.aggregate import (
     spread,
 )
 from fastprompt.experiments.comparisons import compare_methods, compare_variants, sentences
+from fastprompt.experiments.plots import _look
 from fastprompt.experiments.records import read_results
 from fastprompt.experiments.report import write_report
 
@@ -211,11 +212,15 @@ def test_no_run_is_finished(tmp_path):
     assert write_report(tmp_path)[1].read_text(encoding="utf-8") == markdown
 
 
-def test_order_of_methods(tmp_path):
-    ordered = "frozen head lora lora+alignment prompt prefix+alignment prefix+alignment+adapters zeta alpha".split()
-    runs = [run(ordered[n]) for n in (7, 6, 3, 8, 5, 0, 4, 2, 1)]
+def test_order_and_look_of_methods(tmp_path):
+    ordered = (
+        "frozen head full lora lora+alignment prompt prefix+alignment prefix+alignment+adapters zeta alpha".split()
+    )
+    runs = [run(ordered[n]) for n in (8, 7, 3, 9, 5, 0, 4, 2, 1, 6)]
     _, markdown = report(tmp_path, runs)
     assert [row[0] for row in rows(markdown, "Mean F1")[1:]] == ordered
+    (task,) = by_task(read_results(tmp_path)[1])
+    assert len({_look(task, series) for series in task.series}) == len(ordered)
 
 
 def test_accuracy_and_majority(tmp_path):
