@@ -1,9 +1,49 @@
-"""The derivative of a native operator."""
+"""The derivative of an operator, and the refusal of a second one."""
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes the first `count` tensors on; who differentiates them, by any of the tensors, gets an error."""
+
+    @staticmethod
+    def forward(ctx, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_: Tensor):
+        raise RuntimeError(f"{ctx.name} has no second derivative, but for backend 'reference'")
+
+
+def once_differentiable(name: str, differentiate: Callable) -> Callable:
+    """The `backward` of an autograd.Function, made so that who differentiates what it returns gets an error.
+
+    Without, autograd takes the gradients of a fused kernel for constants, and a gradient penalty is silently wrong.
+    (torch.autograd.function.once_differentiable does not know what the gradients depend on: with allow_unused=True
+    they pass for constants still.)
+
+    Args:
+        name: of the operator, for the message.
+        differentiate: (ctx, *grads) -> a gradient or None for each input.
+    """
+
+    def backward(ctx, *grads: Tensor | None) -> tuple:
+        with torch.no_grad():
+            found = differentiate(ctx, *grads)
+        if not torch.is_grad_enabled():  # which it is under create_graph=True
+            return found
+        depends = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        places = [n for n, grad in enumerate(found) if grad is not None]
+        passed = _NoSecondDerivative.apply(name, len(places), *(found[n] for n in places), *depends)
+        passed = dict(zip(places, passed, strict=True))
+        return tuple(passed.get(n) for n in range(len(found)))
+
+    return backward
 
 
 def with_derivative(operator: OpOverload, save: Callable, differentiate: Callable) -> Callable:

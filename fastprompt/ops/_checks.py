@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastprompt import _native
 
@@ -97,6 +98,11 @@ def check_indices(indices: Tensor, bound: int, argument: str, read_values: bool 
             raise IndexError(f"{argument} must be in [0, {bound}), got {low if low < 0 else high}")
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has a shape and no values: on the device meta, or under FakeTensorMode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether the values may be read here: on the CPU, and not while torch.compile traces."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the values may be read here: on the CPU, not while torch.compile traces, and if there are any."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
