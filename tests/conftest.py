@@ -9,6 +9,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", default="0", help="of the random inputs; 'fresh' draws one and prints it")
+    parser.addoption("--fuzz-seconds", default="60", help="for all of tests/fuzz together")
 
 
 def pytest_configure(config: pytest.Config) -> None:
