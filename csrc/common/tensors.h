@@ -37,14 +37,13 @@ inline torch::stable::Tensor zeros_as(const torch::stable::Tensor& like,
   return made;
 }
 
-// A matrix on the same memory, `offset` elements further.
+// A matrix on the same memory, `offset` elements further than the tensor begins (not its storage: that is how the
+// function counts, whatever its header calls the argument).
 inline torch::stable::Tensor view_as_matrix(const torch::stable::Tensor& tensor, int64_t offset, int64_t rows,
                                             int64_t columns, int64_t row_stride, int64_t column_stride) {
-  int64_t begin;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &begin));
   const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
   AtenTensorHandle view;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, begin + offset, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &view));
   return torch::stable::Tensor(view);
 }
 
