@@ -42,31 +42,33 @@ __device__ A greatest_of_warp(A x) {
   return x;
 }
 
-// One row as it is normalised: (x - mean) * factor.
+// One row as it is normalised: (x - mean) * scale.factor.
 template <typename T, typename A>
 struct Row {
   const T* data;
   const A* bias;  // added to it, or null
-  A mean, factor;
+  A mean;
+  RowScale<A> scale;
 
   __device__ A raw(int64_t k) const { return static_cast<A>(data[k]) + (bias ? bias[k] : A(0)); }
-  __device__ A operator[](int64_t k) const { return (raw(k) - mean) * factor; }
+  __device__ A operator[](int64_t k) const { return (raw(k) - mean) * scale.factor; }
 };
 
 // By all lanes of a warp together.
 template <typename T, typename A>
-__device__ Row<T, A> normalized(const T* data, const A* bias, int64_t normalize, int64_t features) {
+__device__ Row<T, A> normalized(const T* data, const A* bias, int64_t normalize, int distances, int64_t features) {
   const int lane = threadIdx.x % kWarp;
-  Row<T, A> row{data, bias, A(0), A(1)};
-  if (normalize == kNone) return row;
+  Row<T, A> row{data, bias, A(0), {}};
+  if (normalize == kNone && !(distances & kCosine)) return row;
   A sum = 0;
   if (normalize == kLayer) {
-    for (int64_t k = lane; k < features; k += kWarp) sum += row.raw(k);
-    row.mean = sum_over_warp(sum) / static_cast<A>(features);
+    const A first = row.raw(0);  // less that, a row of equal features is exactly zero
+    for (int64_t k = lane; k < features; k += kWarp) sum += row.raw(k) - first;
+    row.mean = first + sum_over_warp(sum) / static_cast<A>(features);
   }
   sum = 0;
   for (int64_t k = lane; k < features; k += kWarp) sum += (row.raw(k) - row.mean) * (row.raw(k) - row.mean);
-  row.factor = normalizing_factor(normalize, sum_over_warp(sum), static_cast<A>(features));
+  row.scale = RowScale<A>(normalize, sum_over_warp(sum), static_cast<A>(features));
   return row;
 }
 
@@ -106,8 +108,8 @@ __global__ void write_units(Problem<T, A> problem, A* units) {
     const T* data = (side ? problem.teacher : problem.z) + row * features;
     A* unit = units + (side * problem.rows + row) * features;
     const bool counts = problem.counts(row);
-    const Row<T, A> u = counts ? normalized(data, side ? nullptr : problem.bias, problem.normalize, features)
-                               : Row<T, A>{data, nullptr, A(0), A(0)};
+    Row<T, A> u{};
+    if (counts) u = normalized(data, side ? nullptr : problem.bias, problem.normalize, kInfonce, features);
     for (int64_t k = threadIdx.x % kWarp; k < features; k += kWarp) unit[k] = counts ? u[k] : A(0);
   }
 }
@@ -184,16 +186,19 @@ __global__ void differentiate(Problem<T, A> problem, const A* infonce, const A* 
     return;
   }
   const A per_feature = A(1) / static_cast<A>(features), c = problem.coefficient(row);
-  const Row<T, A> u = normalized(problem.z + row * features, problem.bias, problem.normalize, features);
-  const Row<T, A> v =
-      normalized(problem.teacher + row * features, static_cast<const A*>(nullptr), problem.normalize, features);
+  const int distances = problem.distances;
+  const Row<T, A> u = normalized(problem.z + row * features, problem.bias, problem.normalize, distances, features);
+  const Row<T, A> v = normalized(problem.teacher + row * features, static_cast<const A*>(nullptr), problem.normalize,
+                                 distances, features);
+  const A to_unit = u.scale.to_unit * v.scale.to_unit;
   const auto gradient = [&](const A* given, A own, A other, int64_t k) {
     const A from_infonce = given ? given[row * features + k] : A(0);
-    return from_infonce + c * distance_gradient_of(problem.distances, own, other, per_feature);
+    return from_infonce + c * distance_gradient_of(distances, own, other, per_feature, to_unit);
   };
-  A sum = 0, sum_du = 0, sum_u_du = 0, sum_dv = 0, sum_v_dv = 0;
+  A sum = 0, cosine = 0, sum_du = 0, sum_u_du = 0, sum_dv = 0, sum_v_dv = 0;
   for (int64_t k = lane; k < features; k += kWarp) {
-    sum += distance_of(problem.distances, u[k], v[k], per_feature);
+    sum += distance_of(distances, u[k], v[k], per_feature);
+    if (distances & kCosine) cosine += u[k] * v[k];
     const A du_k = gradient(du, u[k], v[k], k), dv_k = gradient(dv, v[k], u[k], k);
     sum_du += du_k;
     sum_u_du += u[k] * du_k;
@@ -201,11 +206,14 @@ __global__ void differentiate(Problem<T, A> problem, const A* infonce, const A* 
     sum_v_dv += v[k] * dv_k;
   }
   sum = sum_over_warp(sum);
-  if (lane == 0) distance[row] = sum + (problem.distances & kCosine ? A(1) : A(0)) + (infonce ? infonce[row] : A(0));
+  cosine = sum_over_warp(cosine) * to_unit;
+  if (lane == 0) distance[row] = sum + (distances & kCosine ? 1 - cosine : A(0)) + (infonce ? infonce[row] : A(0));
   if (!grad_z && !grad_teacher) return;
   const A f = static_cast<A>(features);
-  const ThroughNormalization<A> to_z(problem.normalize, u.factor, sum_over_warp(sum_du), sum_over_warp(sum_u_du), f);
-  const ThroughNormalization<A> to_t(problem.normalize, v.factor, sum_over_warp(sum_dv), sum_over_warp(sum_v_dv), f);
+  const ThroughNormalization<A> to_z(problem.normalize, u.scale, sum_over_warp(sum_du), sum_over_warp(sum_u_du),
+                                     c * cosine, f);
+  const ThroughNormalization<A> to_t(problem.normalize, v.scale, sum_over_warp(sum_dv), sum_over_warp(sum_v_dv),
+                                     c * cosine, f);
   for (int64_t k = lane; k < features; k += kWarp) {
     const A u_k = u[k], v_k = v[k];  // before grad_z, which may lie where u is read
     if (grad_z) grad_z[row * features + k] = static_cast<T>(to_z(u_k, gradient(du, u_k, v_k, k)));

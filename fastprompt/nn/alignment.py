@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprompt.ops.alignment import NORMALIZATIONS, alignment_loss, check_distance
+from fastprompt.ops.alignment import NORMALIZATIONS, alignment_loss, check_distance, check_temperature
 
 from .pooling import check_pooling, pool
 
@@ -45,8 +45,7 @@ class AlignmentLoss(nn.Module):
         check_pooling(pooling)
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_temperature(temperature)
         self.normalize, self.distance, self.temperature = normalize, distance, temperature
         self.pooling, self.gather = pooling, gather
         self.weight = nn.Parameter(torch.eye(teacher_dim, student_dim))

@@ -137,7 +137,7 @@ def test_repr():
     [
         ({"distance": "euclid"}, r"distance must be one of \('cosine', .*\), .* got 'euclid'"),
         ({"distance": "mse+mse"}, r"distance must be .* different ones joined by '\+', got 'mse\+mse'"),
-        ({"temperature": -1.0}, "temperature must be positive, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be at least 1e-06 and finite, got -1.0"),
         ({"normalize": "l1"}, r"normalize must be one of \('l2', 'layer', 'none'\), got 'l1'"),
     ],
 )

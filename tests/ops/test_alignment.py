@@ -1,6 +1,7 @@
 import functools
 import importlib.util
 import itertools
+import sys
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 SHAPES = [(1, 63, 33), (5, 33, 63), (63, 80, 31), (97, 17, 128)]  # rows, student features, teacher features
 NAMES = ("student", "teacher", "weight", "bias", "row_weight")
-EPS = {"l2": 1e-12, "layer": 1e-5}
+EPS = 1e-12  # a row of at most this norm counts as zero, under "l2" and in the cosine
 
 
 def inputs(rows, student_dim, teacher_dim, *, bias=True, row_weight=True, dtype=torch.float64, device="cpu"):
@@ -47,15 +48,18 @@ def exact(args):
 def normalized_row(x, normalize):
     if normalize == "layer":
         x = x - x.sum() / len(x)
-    if normalize == "none":
-        return x
-    size = x.square().sum().sqrt() if normalize == "l2" else (x.square().sum() / len(x)).sqrt()
-    return x / size if size > EPS[normalize] else torch.zeros_like(x)
+        return x / (x.square().sum() / len(x) + 1e-5).sqrt()
+    return of_unit_norm(x) if normalize == "l2" else x
+
+
+def of_unit_norm(x):
+    size = x.square().sum().sqrt()
+    return x / size if size > EPS else torch.zeros_like(x)
 
 
 def row_distance(name, a, b):
     if name == "cosine":
-        return 1 - (a * b).sum()
+        return 1 - (of_unit_norm(a) * of_unit_norm(b)).sum()
     if name == "mse":
         return ((a - b) ** 2).mean()
     gap = (a - b).abs()
@@ -85,10 +89,10 @@ def plain_losses(student, teacher, weight, bias, normalize, distance, temperatur
     if normalize == "l2":
         u, v = F.normalize(u, dim=-1), F.normalize(v, dim=-1)
     elif normalize == "layer":
-        u, v = (F.layer_norm(x, x.shape[-1:], eps=0) for x in (u, v))
+        u, v = (F.layer_norm(x, x.shape[-1:]) for x in (u, v))
     similarity, partner = u @ v.T / temperature, torch.arange(len(u), device=u.device)
     losses = {
-        "cosine": lambda: 1 - (u * v).sum(-1),
+        "cosine": lambda: 1 - ((u * v).sum(-1) if normalize == "l2" else F.cosine_similarity(u, v)),
         "mse": lambda: F.mse_loss(u, v, reduction="none").mean(-1),
         "smooth_l1": lambda: F.smooth_l1_loss(u, v, reduction="none").mean(-1),
         "infonce": lambda: sum(F.cross_entropy(s, partner, reduction="none") for s in (similarity, similarity.T)) / 2,
@@ -125,9 +129,9 @@ def steepness(true, normalize):
     true = {name: x.detach() for name, x in true.items() if x is not None}
     rows = F.linear(true["student"], true["weight"], true.get("bias")), true["teacher"]
     sizes = torch.cat([x.std(-1, correction=0) if normalize == "layer" else x.norm(dim=-1) for x in rows])
-    sizes = sizes[sizes > EPS.get(normalize, 0)].tolist()
+    sizes = sizes[sizes > EPS].tolist()
     factors = torch.cat([true[name].norm(dim=-1) for name in ("student", "weight")]).tolist()
-    return max([1, *factors]) * (max([1, *sizes]) if normalize == "none" else 1 / min([1, *sizes]))
+    return max([1, *factors]) * (max([1, *sizes]) if normalize == "none" else 1) / min([1, *sizes])
 
 
 def check(args, backend, normalize="l2", **options):
@@ -186,12 +190,20 @@ def test_shapes(backend, device, normalize, distance, shape):
     check(args, backend, normalize=normalize, distance=distance, temperature=0.7)
 
 
-@pytest.mark.parametrize("temperature", [None, 0.05, 0.5, 3])
-def test_temperature(backend, device, temperature):
+@pytest.mark.parametrize("temperature", [None, 1e-6, 0.05, 3, 2**63 - 1, sys.float_info.max])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_temperature(backend, device, normalize, temperature):
     args = inputs(7, 13, 9, dtype=finest(backend), device=device)
-    got = alignment_loss(**args, distance="infonce", temperature=temperature, backend=backend)
-    want = expected(exact(args), distance="infonce", temperature=0.05 if temperature is None else temperature)
+    options = {"distance": "infonce", "normalize": normalize}
+    got = alignment_loss(**args, **options, temperature=temperature, backend=backend)
+    want = expected(true := exact(args), **options, temperature=0.05 if temperature is None else temperature)
     torch.testing.assert_close(got.cpu(), want, check_dtype=False)
+    found, true = (gradients(loss, x, torch.tensor(1.0)) for loss, x in ((got, args), (want, true)))
+    for name, grad in found.items():
+        if name == "row_weight":  # all losses are nearly the same at a high temperature, and their differences rounding
+            continue
+        size = true[name].abs().max().item()
+        torch.testing.assert_close(grad.cpu(), true[name], check_dtype=False, rtol=0, atol=1e-4 * size + 1e-30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,11 +249,22 @@ def test_output_dtype(backend, device, distance, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalize, up", [("l2", True), ("l2", False), ("layer", True)])
-def test_large_and_small_rows(backend, device, normalize, up, dtype):
-    # A power of two costs no bits, and both normalisations take it out again. The squares leave float16's range.
+@pytest.mark.parametrize(
+    "normalize, distance, up",
+    [
+        ("l2", "cosine+mse+infonce", True),
+        ("l2", "cosine+mse+infonce", False),
+        ("layer", "cosine", True),
+        ("none", "cosine", True),
+        ("none", "cosine", False),
+    ],
+)
+def test_large_and_small_rows(backend, device, normalize, distance, up, dtype):
+    # A power of two costs no bits, and is taken out again. The squares leave float16's range.
     args = inputs(5, 16, 32, bias=False, dtype=dtype, device=device)
-    options = {"normalize": normalize, "distance": "cosine+mse+infonce", "reduction": "none", "backend": backend}
+    if normalize == "layer":  # whose eps counts for rows of small variance
+        args |= {name: args[name].detach() * 2.0**4 for name in ("student", "teacher")}
+    options = {"normalize": normalize, "distance": distance, "reduction": "none", "backend": backend}
     want = alignment_loss(**args, **options)
     power = (9 if up else -5) if dtype == torch.float16 else (40 if up else -25)
     scaled = {name: (args[name].detach() * 2.0**power).requires_grad_() for name in ("student", "teacher")}
@@ -279,31 +302,31 @@ def test_zero_rows(backend, device, normalize, distance, dtype):
         for name, rows in zero.items():
             args[name][rows] = 0
         if normalize == "layer":
-            args["teacher"][5] = 3.0  # 0 without its mean
+            args["teacher"][5] = 0.1  # 0 without its mean, however it is rounded
     options = {"normalize": normalize, "distance": distance, "temperature": 0.7}
     if exactly:
         check(args, backend, **options)
     loss = alignment_loss(**args, **options, backend=backend)
     for name, grad in gradients(loss, args, torch.tensor(1.0)).items():
         assert grad.isfinite().all()
-        if normalize != "none" and name in zero:
+        if name in zero and (normalize == "l2" or distance == "cosine"):
             assert not grad[zero[name]].any()
         if name in zero:
             assert grad[[0, 2, 6]].any(dim=1).all()  # and the others have one
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("normalize", ["l2", "layer"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_where_zero_begins(backend, device, normalize, side):
     args = inputs(4, 6, 6, bias=False, row_weight=False, dtype=finest(backend), device=device)
-    sizes = torch.tensor([0.5, 0.99, 1.01, 2.0], dtype=torch.float64, device=device) * EPS[normalize]
+    sizes = torch.tensor([0.5, 0.99, 1.01, 2.0], dtype=torch.float64, device=device) * EPS
     with torch.no_grad():
         args["weight"].copy_(torch.eye(6))
         row = args[side]
         if normalize == "layer":
             row -= row.mean(1, keepdim=True)
-        size = row.norm(dim=1) if normalize == "l2" else row.square().mean(1).sqrt()
-        row *= (sizes / size)[:, None]
+            sizes *= 1e-5**0.5  # what the variance of so small rows is raised to
+        row *= (sizes / row.norm(dim=1))[:, None]
     options = {"normalize": normalize, "reduction": "none"}
     loss = alignment_loss(**args, **options, backend=backend)
     torch.testing.assert_close(loss.cpu(), expected(exact(args), **options), check_dtype=False)
@@ -364,27 +387,3 @@ def test_gradcheck(backend, device, normalize, distance, reduction):
         return alignment_loss(**dict(zip(NAMES, values, strict=True)), **options)
 
     assert torch.autograd.gradcheck(run, tuple(args.values()))
-
-
-def test_non_contiguous(backend, device):
-    args = inputs(7, 13, 9, dtype=finest(backend), device=device)
-    for name in ("student", "teacher", "weight"):
-        args[name] = args[name].detach().T.contiguous().T.requires_grad_()
-    for name in ("bias", "row_weight"):
-        args[name] = args[name].detach().repeat_interleave(2)[::2].requires_grad_()
-    assert not any(args[name].is_contiguous() for name in NAMES)
-    for reduction in REDUCTIONS:
-        check(args, backend, distance="cosine+infonce", reduction=reduction)
-
-
-def test_outputs_are_written_whole(backend, device):
-    # New memory is filled with NaN in this mode: what a kernel leaves out shows.
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(8, device=device).isnan().all()
-        for distance, reduction in itertools.product(("cosine", "infonce"), REDUCTIONS):
-            args = inputs(63, 17, 33, dtype=finest(backend), device=device)
-            check(args, backend, distance=distance, reduction=reduction)
-    finally:
-        torch.use_deterministic_algorithms(was)

@@ -2,8 +2,10 @@
 
 import pytest
 import test_alignment as tests
+import test_alignment_torch
 import torch
 from cuda_emulator import load_emulated
+from layouts import LAYOUTS
 from test_alignment import DISTANCES, DTYPES, NAMES, NORMALIZATIONS, REDUCTIONS, SHAPES, check, inputs
 
 from fastprompt import _native
@@ -45,6 +47,17 @@ def test_rows_left_out_and_rows_of_zero(distance):
         tests.test_rows_of_weight_0_are_left_out("native", "cpu", normalize, distance, torch.nan)
         tests.test_zero_rows("native", "cpu", normalize, distance, torch.float32)
         tests.test_all_weights_0("native", "cpu", normalize, distance)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_where_zero_begins(normalize, side):
+    tests.test_where_zero_begins("native", "cpu", normalize, side)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    test_alignment_torch.test_layouts("native", "cpu", layout)
 
 
 @pytest.mark.parametrize("wants", [(), *((name,) for name in NAMES), NAMES[:3], NAMES], ids="+".join)

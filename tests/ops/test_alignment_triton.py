@@ -41,9 +41,10 @@ def test_several_chunks(monkeypatch, distance, reduction):
 def test_bfloat16_sums_over_chunks_are_float32(monkeypatch):
     rows = 4 * backend.CHUNK_MULTIPLE
     args = arguments(rows, 1, 1, row_weight=False, dtype=torch.bfloat16)
-    with torch.no_grad():  # loss z * t: each chunk's gradient of W and b is 1/4, one row of the first chunk's more
-        args["student"].fill_(1), args["teacher"].fill_(-1), args["teacher"][0].fill_(-2)
-    run = {"normalize": "none", "distance": "cosine", "reduction": "sum", "backend": "triton"}
+    with torch.no_grad():  # loss t^2 at z = 0: each chunk's gradient of W and b is 1/4, but one row's of the first is 2
+        args["student"].fill_(1), args["weight"].fill_(0), args["bias"].fill_(0)
+        args["teacher"].fill_(-0.5), args["teacher"][0].fill_(-1)
+    run = {"normalize": "none", "distance": "mse", "reduction": "sum", "backend": "triton"}
     monkeypatch.setattr(backend, "CHUNK_BYTES", 1)
     alignment_loss(**args, **run).backward()
     for name in ("weight", "bias"):
@@ -84,20 +85,6 @@ def test_infonce_over_several_tiles():
     check(arguments(rows, 6, 5), "triton", distance="infonce", temperature=0.7)
 
 
-def test_strides():
-    args = arguments(7, 13, 9)
-    wide = {name: torch.cat([args[name], args[name] * 0 + torch.nan], 1) for name in ("student", "teacher", "weight")}
-    for name, x in wide.items():  # rows that stand apart; then features that do
-        args[name] = x.detach()[:, : x.shape[1] // 2].requires_grad_()
-    check(args, "triton", distance=DISTANCE, temperature=0.7)
-    for name in wide:
-        args[name] = args[name].detach().T.contiguous().T.requires_grad_()
-    check(args, "triton", distance=DISTANCE, temperature=0.7)
-    with torch.no_grad():
-        got, want = (alignment_loss(**args, backend=name) for name in ("triton", "reference"))
-    torch.testing.assert_close(got, want)
-
-
 @pytest.mark.parametrize("normalize", ["l2", "none"])
 def test_no_projection_in_memory(normalize):
     rows, features = 150, 130
@@ -121,15 +108,6 @@ def test_no_product_that_nobody_asked_for(wants, products, reduction):
     assert ([[teacher_dim, rows], [rows, student_dim]] in found) == ("weight" in wants)
     assert ([[rows, teacher_dim], [teacher_dim, student_dim]] in found) == ("student" in wants)
     assert len(shapes_of(events, "aten::addmm")) == 1  # z, once
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_second_derivative(reduction):
-    args = arguments(5, 4, 3)
-    loss = alignment_loss(**args, reduction=reduction, backend="triton").sum()
-    (grad,) = torch.autograd.grad(loss, args["student"], create_graph=True)
-    with pytest.raises(RuntimeError, match="alignment_loss has no second derivative"):
-        grad.square().sum().backward()
 
 
 def test_backward_scales_what_forward_computed():

@@ -87,7 +87,7 @@ struct Call {
     const int64_t features = teacher.size(1);
     const Tensor hidden = load_rows(first, count);
     multiply_into(u, hidden, transposed(weight));
-    std::vector<A> u_factor(count), v_factor(count);
+    std::vector<Comparison<A>> comparisons(count);
     A* u_rows = u.mutable_data_ptr<A>();
     A* v_rows = v.mutable_data_ptr<A>();
     const T* targets = teacher.const_data_ptr<T>();
@@ -101,18 +101,22 @@ struct Call {
       if (bias)
         for (int64_t k = 0; k < features; ++k) u_row[k] += bias[k];
       std::copy_n(target, features, v_row);
-      u_factor[i] = normalize_row(normalize, u_row, features);
-      v_factor[i] = normalize_row(normalize, v_row, features);
-      distance[first + i] = row_distance<which>(u_row, v_row, features);
+      Comparison<A>& rows = comparisons[i];
+      rows.u = normalize_row<which>(normalize, u_row, features);
+      rows.v = normalize_row<which>(normalize, v_row, features);
+      distance[first + i] = compare_rows<which>(u_row, v_row, features, rows);
     };
     const auto differentiate = [&](int64_t i, auto which) {
       const A *u_row = u_rows + i * features, *v_row = v_rows + i * features;
       const A c = coefficient[first + i];
-      if (du_rows)
-        differentiate_row<which>(normalize, c, u_factor[i], u_row, v_row, contrast, du_rows + i * features, features);
+      const Comparison<A>& rows = comparisons[i];
+      if (du_rows) {
+        A* row = du_rows + i * features;
+        differentiate_row<which>(normalize, c, rows.u, rows, u_row, v_row, contrast, row, features);
+      }
       if (dv_rows) {
         A* row = dv_rows + i * features;
-        differentiate_row<which>(normalize, c, v_factor[i], v_row, u_row, contrast, row, features);
+        differentiate_row<which>(normalize, c, rows.v, rows, v_row, u_row, contrast, row, features);
         std::copy_n(row, features, grad_targets + kept[first + i] * features);
       }
     };

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastprompt.ops._autograd import once_differentiable
+
 # The order gives the numbers of csrc/common/alignment_rows.h.
 NORMALIZATIONS = ("l2", "layer", "none")
 DISTANCES = {"cosine": 1, "mse": 2, "smooth_l1": 4, "infonce": 8}
@@ -28,25 +30,32 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, _ = inputs[:6]
     ctx.options = inputs[6:10]
     ctx.set_materialize_grads(False)
+    if _by_row(ctx):
+        ctx.mark_non_differentiable(*output[1:])  # which are empty
     ctx.save_for_backward(*(tensors if _by_row(ctx) else output[1:]))
-
-
-def _save_without_gradients(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[1:])
 
 
 def _by_row(ctx) -> bool:
     return REDUCTIONS[ctx.options[-1]] == "none"
 
 
-def _differentiate(ctx, grad: Tensor | None, *_, run=_forward) -> tuple:
+def _differentiate(ctx, grad: Tensor | None, *second: Tensor | None) -> tuple:
     """The gradients were found with the loss; under reduction "none" they wait for their rows' gradients."""
+    if any(each is not None for each in second):  # somebody differentiates the gradients that came with the loss
+        raise RuntimeError("alignment_loss has no second derivative, but for backend 'reference'")
     if grad is None:
         return (None,) * 15
     if _by_row(ctx):
-        return _wanted(ctx, run(*ctx.saved_tensors, grad, *ctx.options, *ctx.needs_input_grad[:5])[1:])
+        return _wanted(ctx, _forward(*ctx.saved_tensors, grad, *ctx.options, *ctx.needs_input_grad[:5])[1:])
     return _wanted(ctx, [x * grad for x in ctx.saved_tensors])
+
+
+def _differentiate_at_hand(ctx, grad: Tensor | None, *second: Tensor | None) -> tuple:
+    """The same, where the incoming gradient has a value for which nobody waits."""
+    at_hand = type(grad) is Tensor and grad.device.type == "cpu" and not _by_row(ctx)  # no subclass: it may be a fake
+    if at_hand and grad.item() == 1:  # as from loss.backward(): spares a pass
+        return _wanted(ctx, [x.detach() for x in ctx.saved_tensors])
+    return _differentiate(ctx, grad, *second)
 
 
 def _wanted(ctx, grads: Sequence[Tensor]) -> tuple:
@@ -54,11 +63,13 @@ def _wanted(ctx, grads: Sequence[Tensor]) -> tuple:
     return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 10
 
 
-torch.library.register_autograd("fastprompt::alignment_loss", _differentiate, setup_context=_save_without_gradients)
+torch.library.register_autograd(
+    "fastprompt::alignment_loss", once_differentiable("alignment_loss", _differentiate), setup_context=_save
+)
 
 
 class _AlignmentLoss(torch.autograd.Function):
-    """The same as the registered autograd, at less cost per call, and with an error for a second derivative."""
+    """The same as the registered autograd, at less cost per call."""
 
     @staticmethod
     def forward(ctx, *inputs) -> tuple[Tensor, ...]:
@@ -67,14 +78,7 @@ class _AlignmentLoss(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-    @staticmethod
-    def backward(ctx, grad: Tensor | None, *second: Tensor | None) -> tuple:
-        if any(each is not None for each in second):  # somebody differentiates the gradients that came with the loss
-            raise RuntimeError("alignment_loss has no second derivative, but for backend 'reference'")
-        at_hand = grad is not None and grad.device.type == "cpu"  # elsewhere nobody waits for its value
-        if at_hand and not _by_row(ctx) and grad.item() == 1:  # as from loss.backward(): spares a pass
-            return _wanted(ctx, ctx.saved_tensors)
-        return _differentiate(ctx, grad, run=_AlignmentLoss.apply)
+    backward = staticmethod(once_differentiable("alignment_loss", _differentiate_at_hand))
 
 
 def alignment_loss(

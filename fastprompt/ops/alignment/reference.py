@@ -4,21 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-L2_EPS = 1e-12  # a row whose norm is at most this counts as zero: it is left at zero, with zero gradient
-LAYER_EPS = 1e-5  # the same for the standard deviation under "layer": rounding noise is not blown up to unit variance
+EPS = 1e-12  # a row whose norm is at most this counts as zero: its unit vector is zero, with zero gradient
+
+
+def of_unit_norm(x: Tensor) -> Tensor:
+    square = x.square().sum(-1, keepdim=True)
+    zero = square <= EPS * EPS
+    return x * square.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
 def normalized(x: Tensor, normalize: str) -> Tensor:
     """Rows of x (N, D) brought to unit norm ("l2"), to mean 0 and variance 1 ("layer"), or as they are ("none")."""
-    if normalize == "none":
-        return x
     if normalize == "layer":
-        x = x - x.mean(-1, keepdim=True)
-        square, eps = x.square().mean(-1, keepdim=True), LAYER_EPS
-    else:
-        square, eps = x.square().sum(-1, keepdim=True), L2_EPS
-    zero = square <= eps * eps
-    return x * square.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
+        return F.layer_norm(x, x.shape[-1:])
+    return of_unit_norm(x) if normalize == "l2" else x
 
 
 def infonce_rows(u: Tensor, v: Tensor, row_weight: Tensor | None, temperature: float) -> Tensor:
@@ -53,7 +52,8 @@ def alignment_loss(
     rows = u.new_zeros(len(u))
     for name in distance.split("+"):
         if name == "cosine":
-            rows = rows + (1 - (u * v).sum(-1))
+            unit_u, unit_v = (u, v) if normalize == "l2" else (of_unit_norm(u), of_unit_norm(v))
+            rows = rows + (1 - (unit_u * unit_v).sum(-1))
         elif name == "mse":
             rows = rows + (u - v).square().mean(-1)
         elif name == "smooth_l1":

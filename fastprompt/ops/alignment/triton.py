@@ -14,10 +14,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from fastprompt.ops._autograd import once_differentiable
 from fastprompt.ops._triton import block_of, precision, readable, why_not
 
 from . import triton_infonce, triton_kernels
-from .reference import L2_EPS, LAYER_EPS
 
 __all__ = ["alignment_loss", "why_not"]
 
@@ -78,7 +78,7 @@ def _alignment_loss(
     grads = [None] * 5
     with torch.cuda.device_of(student):
         if distance == "cosine" and normalize != "layer" and not any(needs[:4]):
-            _cosine_losses(losses, *tensors, *counted, normalize)
+            _cosine_losses(losses, *tensors, *counted)
         else:
             grads[:4] = _losses_and_gradients(losses, *tensors, *counted, normalize, distance, temperature, needs)
     loss = losses if reduction == "none" else losses.sum()
@@ -117,10 +117,6 @@ def _shares(
     return share, scale, total
 
 
-def _normalization(normalize: str) -> dict:
-    return dict(NORMALIZE=normalize, EPS=LAYER_EPS if normalize == "layer" else L2_EPS)
-
-
 def _cosine_losses(
     losses: Tensor,
     student: Tensor,
@@ -130,11 +126,11 @@ def _cosine_losses(
     row_weight: Tensor | None,
     share: Tensor | None,
     scale: float,
-    normalize: str,
 ) -> None:
     """Fill `losses` from sums of z^2, t^2 and z t alone: z is never in memory.
 
-    Not for "layer", nor for mse, whose sums about the mean and between the rows cancel in these.
+    The same for "l2" and "none". Not for "layer", nor for mse, whose sums about the mean and between the rows cancel in
+    these.
     """
     (rows, features), depth = teacher.shape, student.shape[1]
     config = configuration(rows, features, depth, student.dtype)
@@ -153,9 +149,7 @@ def _cosine_losses(
     )
     triton_kernels.cosine_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
         *(sums, row_weight, share, losses, rows, scale, splits),
-        FEATURES=features,
         ROWS=MERGED_ROWS,
-        **_normalization(normalize),
     )
 
 
@@ -197,11 +191,11 @@ def _losses_and_gradients(
             *(z, teacher, row_weight, share, infonce, grad_u, grad_v, losses, grad_teacher),
             *(teacher.stride(0), first, end, rows, scale),
             FEATURES=features,
+            NORMALIZE=normalize,
             COSINE="cosine" in names,
             MSE="mse" in names,
             SMOOTH_L1="smooth_l1" in names,
             GRAD_Z=z_needs,
-            **_normalization(normalize),
             **config,
         )
         if student_needs:
@@ -232,7 +226,7 @@ def _infonce(
     triton_kernels.normalize_kernel[(triton.cdiv(rows, config["ROWS"]),)](
         *(z, teacher, row_weight, unit, teacher.stride(0), rows),
         FEATURES=features,
-        **_normalization(normalize),
+        NORMALIZE=normalize,
         **config,
     )
     # Programs for the whole GPU come before large tiles.
@@ -275,15 +269,17 @@ def _infonce_gradient(
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.normalize, ctx.distance, ctx.temperature, ctx.reduction, needs = inputs
     ctx.set_materialize_grads(False)
-    ctx.is_gradient, ctx.in_forward = tensors[5] is not None, any(needs)
+    ctx.in_forward = any(needs)
     if not ctx.in_forward:
         ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*(output[1:] if ctx.in_forward else tensors[:5]))
 
 
-def _backward(ctx, grad, *grad_grads):
-    if ctx.is_gradient or any(g is not None for g in grad_grads):
-        raise RuntimeError("alignment_loss has no second derivative with backend 'triton'")
+def _backward(ctx, grad, *second):
+    if any(each is not None for each in second):  # somebody differentiates the gradients that came with the loss
+        raise RuntimeError("alignment_loss has no second derivative, but for backend 'reference'")
+    if grad is None:
+        return (None,) * 11
     needs = list(ctx.needs_input_grad[:5])
     if ctx.in_forward:
         grads = [grad * g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
@@ -294,7 +290,7 @@ def _backward(ctx, grad, *grad_grads):
     return *grads, *[None] * 6
 
 
-_alignment_loss.register_autograd(_backward, setup_context=_setup_context)
+_alignment_loss.register_autograd(once_differentiable("alignment_loss", _backward), setup_context=_setup_context)
 
 
 def alignment_loss(

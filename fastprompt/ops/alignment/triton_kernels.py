@@ -10,6 +10,10 @@ compilation.
 import triton
 import triton.language as tl
 
+from .reference import EPS
+
+SQUARE_EPS = tl.constexpr(EPS * EPS)
+
 
 @triton.jit
 def find_kept(row_weight, row, end):
@@ -59,16 +63,29 @@ def product_tile(
 
 
 @triton.jit
-def inverse_size(square, FEATURES: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
-    """1 / norm or 1 / standard deviation from the sum of squares; 0 for a row that counts as zero."""
-    if NORMALIZE == "none":
-        return tl.full(square.shape, 1.0, dtype=tl.float32)
-    else:
-        if NORMALIZE == "layer":
-            square = square / FEATURES
-        zero = square <= EPS * EPS
-        root = tl.sqrt_rn(tl.where(zero, 1.0, square))
-        return tl.where(zero, 0.0, tl.div_rn(tl.full(square.shape, 1.0, dtype=tl.float32), root))
+def inverse_root(square):
+    return tl.div_rn(tl.full(square.shape, 1.0, dtype=tl.float32), tl.sqrt_rn(square))
+
+
+@triton.jit
+def inverse_norm(square):
+    """1 / norm from the sum of squares; 0 for a row that counts as zero."""
+    zero = square <= SQUARE_EPS
+    return tl.where(zero, 0.0, inverse_root(tl.where(zero, 1.0, square)))
+
+
+@triton.jit
+def find_scales(square, FEATURES: tl.constexpr, NORMALIZE: tl.constexpr, COSINE: tl.constexpr):
+    """By what a row is multiplied to be normalised, and then to be of unit norm, as the cosine compares it."""
+    one = tl.full(square.shape, 1.0, dtype=tl.float32)
+    inverse, to_unit = one, one
+    if NORMALIZE == "l2":
+        inverse = inverse_norm(square)
+    if NORMALIZE == "layer":
+        inverse = inverse_root(square / FEATURES + 1e-5)
+    if COSINE and NORMALIZE != "l2":
+        to_unit = inverse_norm(square * inverse * inverse)
+    return inverse, to_unit
 
 
 @triton.jit
@@ -80,21 +97,25 @@ def find_sizes(
     kept,
     FEATURES: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
+    COSINE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What to subtract from rows of z and t and then to multiply them by: (mean_z, mean_t, inverse_z, inverse_t)."""
+    """What to subtract from rows of z and t and then to multiply them by: (mean, inverse, to_unit) of z, then of t."""
     mean_z = tl.zeros((ROWS,), dtype=tl.float32)
     mean_t, zz, tt = mean_z, mean_z, mean_z
     if NORMALIZE == "layer":
+        # Less its first feature, a row of equal features is exactly zero.
+        first_z = tl.load(z + z_offset, mask=kept, other=0.0).to(tl.float32)
+        first_t = tl.load(teacher + t_offset, mask=kept, other=0.0).to(tl.float32)
         for begin in range(0, FEATURES, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             there = kept[:, None] & (column < FEATURES)[None, :]
-            mean_z += tl.sum(load_block(z, z_offset, column, there), 1)
-            mean_t += tl.sum(load_block(teacher, t_offset, column, there), 1)
-        mean_z, mean_t = mean_z / FEATURES, mean_t / FEATURES
-    if NORMALIZE != "none":
+            a, b = load_block(z, z_offset, column, there), load_block(teacher, t_offset, column, there)
+            mean_z += tl.sum(tl.where(there, a - first_z[:, None], 0.0), 1)
+            mean_t += tl.sum(tl.where(there, b - first_t[:, None], 0.0), 1)
+        mean_z, mean_t = first_z + mean_z / FEATURES, first_t + mean_t / FEATURES
+    if NORMALIZE != "none" or COSINE:
         for begin in range(0, FEATURES, BLOCK):  # about the mean: sums of squares alone would cancel
             column = begin + tl.arange(0, BLOCK)
             there = kept[:, None] & (column < FEATURES)[None, :]
@@ -102,8 +123,9 @@ def find_sizes(
             b = tl.where(there, load_block(teacher, t_offset, column, there) - mean_t[:, None], 0.0)
             zz += tl.sum(a * a, 1)
             tt += tl.sum(b * b, 1)
-    inverse_z = inverse_size(zz, FEATURES, NORMALIZE, EPS)
-    return mean_z, mean_t, inverse_z, inverse_size(tt, FEATURES, NORMALIZE, EPS)
+    inverse_z, to_unit_z = find_scales(zz, FEATURES, NORMALIZE, COSINE)
+    inverse_t, to_unit_t = find_scales(tt, FEATURES, NORMALIZE, COSINE)
+    return mean_z, inverse_z, to_unit_z, mean_t, inverse_t, to_unit_t
 
 
 @triton.jit
@@ -160,9 +182,6 @@ def cosine_kernel(
     rows,
     scale,
     splits,
-    FEATURES: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """losses (N,) from the sums of all splits. Grid: (tiles of N,)."""
@@ -175,7 +194,7 @@ def cosine_kernel(
         zz += tl.load(read, mask=kept, other=0.0)
         tt += tl.load(read + rows, mask=kept, other=0.0)
         zt += tl.load(read + 2 * rows, mask=kept, other=0.0)
-    cosine = zt * inverse_size(zz, FEATURES, NORMALIZE, EPS) * inverse_size(tt, FEATURES, NORMALIZE, EPS)
+    cosine = zt * inverse_norm(zz) * inverse_norm(tt)
     tl.store(losses + row, load_share(share, row, kept, scale) * (1.0 - cosine), mask=row < rows)
 
 
@@ -184,12 +203,16 @@ def distance_gradients(
     u,
     v,
     share,
+    to_unit,
     FEATURES: tl.constexpr,
     COSINE: tl.constexpr,
     MSE: tl.constexpr,
     SMOOTH_L1: tl.constexpr,
 ):
-    """The gradients of u and v, but for infonce's."""
+    """The gradients of u and v, but for infonce's, and the cosine's along each itself (find_along).
+
+    to_unit: the product of both rows'.
+    """
     gap = u - v
     slope = gap * 0.0
     if MSE:
@@ -198,19 +221,36 @@ def distance_gradients(
         slope += tl.minimum(tl.maximum(gap, -1.0), 1.0) / FEATURES
     grad_u, grad_v = slope, -slope
     if COSINE:
-        grad_u -= v
-        grad_v -= u
+        grad_u -= v * to_unit[:, None]
+        grad_v -= u * to_unit[:, None]
     return grad_u * share[:, None], grad_v * share[:, None]
 
 
 @triton.jit
-def through_normalization(grad, unit, inverse, total, dot, FEATURES: tl.constexpr, NORMALIZE: tl.constexpr):
-    """The gradient of a row from that of its normalised `unit`; total and dot: the sums of grad and of grad * unit."""
+def find_along(dot, cosine, to_unit, FEATURES: tl.constexpr, NORMALIZE: tl.constexpr):
+    """How much of a normalised row u is taken off its gradient, from the sum `dot` of u * grad.
+
+    What grad lacks of the cosine's is u * cosine * to_unit^2, with `cosine` that of the rows times their share. "l2"
+    takes what is along u out again.
+    """
     if NORMALIZE == "l2":
-        grad = (grad - unit * dot[:, None]) * inverse[:, None]
+        return dot
+    elif NORMALIZE == "layer":
+        return (dot + cosine) / FEATURES - cosine * to_unit * to_unit
+    else:
+        return -cosine * to_unit * to_unit
+
+
+@triton.jit
+def through_normalization(
+    grad, u, inverse, total, along, FEATURES: tl.constexpr, NORMALIZE: tl.constexpr, COSINE: tl.constexpr
+):
+    """The gradient of a row from that of its normalised u; total: the sum of grad."""
     if NORMALIZE == "layer":
-        grad = (grad - (total[:, None] + unit * dot[:, None]) / FEATURES) * inverse[:, None]
-    return grad
+        grad -= total[:, None] / FEATURES
+    if NORMALIZE != "none" or COSINE:
+        grad -= u * along[:, None]
+    return grad * inverse[:, None]
 
 
 @triton.jit
@@ -231,7 +271,6 @@ def row_kernel(
     scale,
     FEATURES: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     COSINE: tl.constexpr,
     MSE: tl.constexpr,
     SMOOTH_L1: tl.constexpr,
@@ -249,14 +288,13 @@ def row_kernel(
     kept = find_kept(row_weight, row, end)
     row_share = load_share(share, row, kept, scale)
     z_offset, t_offset = local.to(tl.int64) * FEATURES, row.to(tl.int64) * teacher_stride
-    mean_z, mean_t, inverse_z, inverse_t = find_sizes(
-        z, teacher, z_offset, t_offset, kept, FEATURES, NORMALIZE, EPS, ROWS, BLOCK
+    mean_z, inverse_z, to_unit_z, mean_t, inverse_t, to_unit_t = find_sizes(
+        z, teacher, z_offset, t_offset, kept, FEATURES, NORMALIZE, COSINE, ROWS, BLOCK
     )
+    to_unit = to_unit_z * to_unit_t
     GRADIENTS: tl.constexpr = GRAD_Z or grad_teacher is not None
     loss = tl.zeros((ROWS,), dtype=tl.float32)
-    total_u, total_v, dot_u, dot_v = loss, loss, loss, loss
-    if COSINE:
-        loss += 1.0
+    cosine, total_u, total_v, dot_u, dot_v = loss, loss, loss, loss, loss
     if infonce is not None:
         loss += tl.load(infonce + row, mask=kept, other=0.0) * 0.5
         loss += tl.load(infonce + rows + row, mask=kept, other=0.0) * 0.5
@@ -269,22 +307,27 @@ def row_kernel(
         v = tl.where(there, (v - mean_t[:, None]) * inverse_t[:, None], 0.0)
         gap = u - v
         if COSINE:
-            loss -= tl.sum(u * v, 1)
+            cosine += tl.sum(u * v, 1)
         if MSE:
             loss += tl.sum(gap * gap, 1) / FEATURES
         if SMOOTH_L1:
             size = tl.abs(gap)
             loss += tl.sum(tl.where(size < 1.0, 0.5 * gap * gap, size - 0.5), 1) / FEATURES
         if GRADIENTS and NORMALIZE != "none":
-            du, dv = distance_gradients(u, v, row_share, FEATURES, COSINE, MSE, SMOOTH_L1)
+            du, dv = distance_gradients(u, v, row_share, to_unit, FEATURES, COSINE, MSE, SMOOTH_L1)
             if grad_u is not None:
                 du += load_block(grad_u, z_offset, column, there)
             if grad_v is not None:
                 dv += load_block(grad_v, z_offset, column, there)
             total_u, total_v = total_u + tl.sum(du, 1), total_v + tl.sum(dv, 1)
             dot_u, dot_v = dot_u + tl.sum(du * u, 1), dot_v + tl.sum(dv * v, 1)
+    cosine *= to_unit
+    if COSINE:
+        loss += 1.0 - cosine
     tl.store(losses + row, loss * row_share, mask=row < end)
     if GRADIENTS:
+        along_u = find_along(dot_u, cosine * row_share, to_unit_z, FEATURES, NORMALIZE)
+        along_v = find_along(dot_v, cosine * row_share, to_unit_t, FEATURES, NORMALIZE)
         for begin in range(0, FEATURES, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             inside = (column < FEATURES)[None, :]
@@ -293,17 +336,17 @@ def row_kernel(
             v = load_block(teacher, t_offset, column, there)
             u = (u - mean_z[:, None]) * inverse_z[:, None]
             v = (v - mean_t[:, None]) * inverse_t[:, None]
-            du, dv = distance_gradients(u, v, row_share, FEATURES, COSINE, MSE, SMOOTH_L1)
+            du, dv = distance_gradients(u, v, row_share, to_unit, FEATURES, COSINE, MSE, SMOOTH_L1)
             written = (row < end)[:, None] & inside
             if GRAD_Z:
                 if grad_u is not None:
                     du += load_block(grad_u, z_offset, column, there)
-                dz = through_normalization(du, u, inverse_z, total_u, dot_u, FEATURES, NORMALIZE)
+                dz = through_normalization(du, u, inverse_z, total_u, along_u, FEATURES, NORMALIZE, COSINE)
                 tl.store(z + z_offset[:, None] + column[None, :], dz.to(z.dtype.element_ty), mask=written)
             if grad_teacher is not None:
                 if grad_v is not None:
                     dv += load_block(grad_v, z_offset, column, there)
-                dt = through_normalization(dv, v, inverse_t, total_v, dot_v, FEATURES, NORMALIZE)
+                dt = through_normalization(dv, v, inverse_t, total_v, along_v, FEATURES, NORMALIZE, COSINE)
                 target = grad_teacher + row.to(tl.int64)[:, None] * FEATURES + column[None, :]
                 tl.store(target, dt.to(grad_teacher.dtype.element_ty), mask=written)
 
@@ -318,7 +361,6 @@ def normalize_kernel(
     rows,
     FEATURES: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -326,8 +368,8 @@ def normalize_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = find_kept(row_weight, row, rows)
     z_offset, t_offset = row.to(tl.int64) * FEATURES, row.to(tl.int64) * teacher_stride
-    mean_z, mean_t, inverse_z, inverse_t = find_sizes(
-        z, teacher, z_offset, t_offset, kept, FEATURES, NORMALIZE, EPS, ROWS, BLOCK
+    mean_z, inverse_z, _, mean_t, inverse_t, _ = find_sizes(
+        z, teacher, z_offset, t_offset, kept, FEATURES, NORMALIZE, False, ROWS, BLOCK
     )
     for begin in range(0, FEATURES, BLOCK):
         column = begin + tl.arange(0, BLOCK)
