@@ -33,10 +33,10 @@ def once_differentiable(name: str, differentiate: Callable) -> Callable:
     """
 
     def backward(ctx, *grads: Tensor | None) -> tuple:
+        if not torch.is_grad_enabled():  # which it is under create_graph=True
+            return differentiate(ctx, *grads)
         with torch.no_grad():
             found = differentiate(ctx, *grads)
-        if not torch.is_grad_enabled():  # which it is under create_graph=True
-            return found
         depends = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
         places = [n for n, grad in enumerate(found) if grad is not None]
         passed = _NoSecondDerivative.apply(name, len(places), *(found[n] for n in places), *depends)

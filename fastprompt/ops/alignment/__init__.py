@@ -89,9 +89,8 @@ def alignment_loss(
 
 def _check_tensors(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        optional = name in ("bias", "row_weight")
-        if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
-            raise TypeError(f"{name} must be a tensor{' or None' * optional}, got {type(tensor).__name__}")
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "row_weight")):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     student, teacher, weight, _, row_weight = tensors.values()
     if student.ndim != 2 or teacher.ndim != 2 or weight.ndim != 2:
         raise ValueError(

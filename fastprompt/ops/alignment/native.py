@@ -54,7 +54,7 @@ def _differentiate_at_hand(ctx, grad: Tensor | None, *second: Tensor | None) -> 
     """The same, where the incoming gradient has a value for which nobody waits."""
     at_hand = type(grad) is Tensor and grad.device.type == "cpu" and not _by_row(ctx)  # no subclass: it may be a fake
     if at_hand and grad.item() == 1:  # as from loss.backward(): spares a pass
-        return _wanted(ctx, [x.detach() for x in ctx.saved_tensors])
+        return tuple(x if x is None else x.detach() for x in _wanted(ctx, ctx.saved_tensors))
     return _differentiate(ctx, grad, *second)
 
 
