@@ -50,8 +50,7 @@ class AdaptedBackbone(nn.Module):
         else:
             if method == "lora":
                 _add_lora(backbone, lora_rank)
-            self._packed = PackedBackbone(backbone)
-            self.layers = self._packed.layers
+            self.layers = PackedBackbone(backbone).layers
         if not 0 <= top_layers <= len(self.layers):
             raise ValueError(f"top_layers must be in [0, {len(self.layers)}], the backbone's, got {top_layers}")
         for module in backbone.modules():
@@ -60,6 +59,10 @@ class AdaptedBackbone(nn.Module):
         for layer in self.layers[len(self.layers) - top_layers :]:
             layer.requires_grad_(True)
         self.eval()  # a few hundred examples: the backbone's own dropout would only blur it
+
+    @property
+    def _packed(self) -> PackedBackbone:
+        return PackedBackbone(self.backbone, fused=True)
 
     @property
     def text_positions(self) -> int | None:

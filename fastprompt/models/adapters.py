@@ -1,5 +1,8 @@
 """Bottleneck adapters in the layers of a backbone that is otherwise left as it is."""
 
+import threading
+from functools import partial
+
 from torch import Tensor, nn
 
 from fastprompt.nn import Adapter
@@ -13,35 +16,46 @@ class Adapters(nn.ModuleList):
     They act in packed passes that carry them and in no other call of the backbone.
 
     Args:
-        packed: the backbone; hooks are put on modules of its layers.
+        packed: the backbone; hooks are put on modules of its layers. They know the adapters from the pass alone, so
+            that a copy of the backbone takes those of its own pass.
         size: features of each bottleneck.
     """
 
     def __init__(self, packed: PackedBackbone, size: int) -> None:
-        super().__init__(LayerAdapters(layer, i, packed, size) for i, layer in enumerate(packed.layers))
+        super().__init__(LayerAdapters(packed.geometry.hidden, size) for _ in packed.layers)
+        gate, attention, feed_forward = packed.geometry.sublayers
+        for index, layer in enumerate(packed.layers):
+            if _after_attention in layer.get_submodule(attention)._forward_hooks.values():
+                continue  # of other adapters
+            # Not hooks for the time of a call: gradient checkpointing runs the layer again when the call is long over.
+            # The attention, which runs first in a layer, is handed the pass both times.
+            layer.get_submodule(gate).register_forward_pre_hook(partial(_begin, index), with_kwargs=True)
+            layer.get_submodule(attention).register_forward_hook(_after_attention)
+            layer.get_submodule(feed_forward).register_forward_hook(_after_feed_forward)
 
 
 class LayerAdapters(nn.Module):
     """The adapters of one layer."""
 
-    def __init__(self, layer: nn.Module, index: int, packed: PackedBackbone, size: int) -> None:
+    def __init__(self, width: int, size: int) -> None:
         super().__init__()
-        width, (gate, *places) = packed.geometry.hidden, packed.geometry.sublayers
-        self.index, self.active = index, False
         self.attention, self.feed_forward = Adapter(width, size), Adapter(width, size)
-        # Not hooks for the time of a call: gradient checkpointing runs the layer again when the call is long over. The
-        # attention, which runs first in a layer, is handed the pass both times.
-        layer.get_submodule(gate).register_forward_pre_hook(self._begin, with_kwargs=True)
-        layer.get_submodule(places[0]).register_forward_hook(self._after_attention)
-        layer.get_submodule(places[1]).register_forward_hook(self._after_feed_forward)
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        state = kwargs.get("fastprompt_pass")
-        adapters = None if state is None else state.adapters
-        self.active = adapters is not None and adapters[self.index] is self
 
-    def _after_attention(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return self.attention(output) if self.active else output
+_running = threading.local()  # the adapters of the layer that runs; replicas of a model run in a thread each
 
-    def _after_feed_forward(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return self.feed_forward(output) if self.active else output
+
+def _begin(index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    state = kwargs.get("fastprompt_pass")
+    adapters = None if state is None else state.adapters
+    _running.adapters = None if adapters is None else adapters[index]
+
+
+def _after_attention(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    adapters = getattr(_running, "adapters", None)
+    return output if adapters is None else adapters.attention(output)
+
+
+def _after_feed_forward(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    adapters, _running.adapters = getattr(_running, "adapters", None), None
+    return output if adapters is None else adapters.feed_forward(output)

@@ -54,7 +54,7 @@ class PromptModel(nn.Module):
                 f"num_virtual_tokens must leave room for text in the position table of {table} rows, "
                 f"got {config.num_virtual_tokens}"
             )
-        self.config, self.backbone, self._packed = config, backbone, packed
+        self.config, self.backbone = config, backbone
         freeze(backbone)
         self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
         self.prompt = new_prompt(config, packed)
@@ -63,20 +63,31 @@ class PromptModel(nn.Module):
         if config.adapter_size is not None:
             self.adapters = Adapters(packed, config.adapter_size).to(self.prompt.weight)
 
+    def __new__(cls, backbone: nn.Module | None = None, *args, **kwargs) -> "PromptModel":
+        spans = "QuestionAnswering" in type(backbone).__name__
+        return super().__new__(PromptModelForQuestionAnswering if spans and cls is PromptModel else cls)
+
     def forward(
         self,
         *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_logits: bool = False,
         prompt_ids: Tensor | Sequence[str] | None = None,
         shared_prefix_ids: Tensor | None = None,
-        label_smoothing: float = 0.0,
         lower_states: Tensor | None = None,
         **inputs,
     ):
         """The backbone's output class for its own keyword arguments; see the class for what differs.
 
         Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as the backbone takes them. A row
+                may hold several samples, told by position_ids that begin anew, by cu_seq_lens_q (of one row) or by
+                seq_idx, unless the head gives one result a row.
             labels: as the backbone's head takes them.
             return_logits: for a causal language model in training, give the logits of all text positions as well.
             prompt_ids: (B,) int32 or int64, or B names: which prompt each sample (of a packed batch: each segment)
@@ -86,6 +97,8 @@ class PromptModel(nn.Module):
                 those of the text at the start of every sample, but that under sliding-window attention it stays in view
                 as the prompt does (see `PromptConfig.prefix_in_window`).
             label_smoothing: in [0, 1], of a causal language model's loss, as in `torch.nn.functional.cross_entropy`.
+                (Not in the signature: transformers' Trainer takes every name there with "label" in it for a column
+                without which there is no loss.)
             lower_states: (T, D), what the method of that name gave for the same inputs: the pass begins at the first
                 layer with a prefix. Outputs and gradients are those of the whole pass.
 
@@ -93,9 +106,16 @@ class PromptModel(nn.Module):
             TypeError, ValueError: an input that does not fit, or one that a packed pass cannot serve.
             IndexError: a value of prompt_ids out of range.
         """
-        return_dict = inputs.pop("return_dict", True)
+        return_dict, label_smoothing = inputs.pop("return_dict", True), inputs.pop("label_smoothing", 0.0)
+        stock = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
         output = self._packed(
-            inputs,
+            inputs | {name: value for name, value in stock.items() if value is not None},
             **self._bank(prompt_ids),
             position_offset=self.position_offset,
             prefix_in_window=self.config.prefix_in_window,
@@ -157,6 +177,28 @@ class PromptModel(nn.Module):
         They do not depend on anything that trains. In training mode they are one draw of the backbone's dropout.
         """
         return self._packed.lower_states(inputs, self.first_layer, self.position_offset)
+
+    # -- what trainers ask a model ----------------------------------------------------------------------------------
+
+    @property
+    def loss_type(self) -> str | None:
+        """The backbone's: transformers' Trainer counts the labels accordingly."""
+        return getattr(self.backbone, "loss_type", None)
+
+    def _get_name(self) -> str:
+        """The backbone's: by it transformers' Trainer knows whether labels are to be shifted for label smoothing."""
+        return type(self.backbone).__name__
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        """As the backbone's own."""
+        self.backbone.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """As the backbone's own; the older name."""
+        self.backbone.gradient_checkpointing_enable(*args, **kwargs)
 
     # -- the bank ------------------------------------------------------------------------------------------------
 
@@ -223,6 +265,10 @@ class PromptModel(nn.Module):
     # -- what the backbone and the prompt make of a batch ----------------------------------------------------------
 
     @property
+    def _packed(self) -> PackedBackbone:
+        return PackedBackbone(self.backbone, fused=True)
+
+    @property
     def first_layer(self) -> int:
         """The lowest layer with something that trains; what is below it computes a constant."""
         return 0 if self.config.kind == "prompt" or self.adapters is not None else self.prompt.layers[0]
@@ -276,6 +322,39 @@ class PromptModel(nn.Module):
         if not trainable:
             model.requires_grad_(False)
         return model
+
+
+class PromptModelForQuestionAnswering(PromptModel):
+    """What `PromptModel` makes of a backbone with a span head.
+
+    transformers' Trainer finds out what a model's labels are from the names of its class and of its arguments.
+    """
+
+    def forward(
+        self,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        prompt_ids: Tensor | Sequence[str] | None = None,
+        **inputs,
+    ):
+        """As `PromptModel.forward`, with the places of answers for labels."""
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            prompt_ids=prompt_ids,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            **inputs,
+        )
 
 
 def freeze(backbone: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from helpers import CONFIGS, DECODERS, batch, build
 
 import fastprompt
+from fastprompt import PromptConfig, PromptModel
 
 P = 5
 CASES = [(f, "AutoModel") for f in CONFIGS] + [(f, "AutoModelForCausalLM") for f in DECODERS]
@@ -15,6 +16,7 @@ TASKS = {
     "AutoModel": "FEATURE_EXTRACTION",
     "AutoModelForCausalLM": "CAUSAL_LM",
     "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
 }
 
 
@@ -133,3 +135,55 @@ def test_num_items_in_batch_as_transformers_counts_it():
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     expected = stock(**inputs, num_items_in_batch=11).loss
     assert relative(fused(**inputs, num_items_in_batch=11).loss, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_fuse_pools_the_row_that_peft_pools(family, kind):
+    """A classification head over an encoder, and the base model's own pooler, read the first virtual token."""
+    inputs = batch()
+    for auto in ("AutoModelForSequenceClassification", "AutoModel"):
+        stock = peft_model(build(family, auto), auto, kind).train()
+        fused = fastprompt.fuse(copy.deepcopy(stock))
+        if auto == "AutoModel":
+            expected, got = (model(**inputs).pooler_output.square().sum() for model in (stock, fused))
+        else:
+            more = inputs | {"labels": torch.tensor([0, 1, 1, 0])}
+            expected, got = stock(**more), fused(**more)
+            assert relative(got.logits, expected.logits) < 1e-12
+            expected, got = expected.loss, got.loss
+        assert relative(got, expected) < 1e-12
+        expected.backward()
+        got.backward()
+        assert relative(prompt_gradient(fused), prompt_gradient(stock)) < 1e-12
+        head = [[p.grad for p in model.get_base_model().parameters() if p.grad is not None] for model in (stock, fused)]
+        assert all(relative(own, their) < 1e-12 for their, own in zip(*head, strict=True))
+    own = PromptModel(build(family, "AutoModelForSequenceClassification"), PromptConfig("prompt", P)).eval()
+    state = own(**inputs, output_hidden_states=True).hidden_states[-1][:, 0]
+    base = own.backbone.base_model
+    logits = own.backbone.classifier(base.pooler(state.unsqueeze(1)) if family == "bert" else state.unsqueeze(1))
+    assert relative(own(**inputs).logits, logits) < 1e-12  # ours by choice: the text's first token
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+def test_fuse_pools_the_texts_last_token_over_a_decoder(kind):
+    """As PEFT does where nothing is padded; on the right PEFT pools padding."""
+    auto = "AutoModelForSequenceClassification"
+    stock = peft_model(build("llama", auto), auto, kind).eval()
+    fused = fastprompt.fuse(copy.deepcopy(stock))
+    whole, ragged = batch((6, 6)), batch((6, 3))
+    assert relative(fused(**whole).logits, stock(**whole).logits) < 1e-6
+    alone = stock(input_ids=ragged["input_ids"][1:, :3]).logits[0]
+    assert relative(fused(**ragged).logits[1], alone) < 1e-6
+    assert relative(stock(**ragged).logits[1], alone) > 1e-2
+
+
+@pytest.mark.parametrize("auto", ["AutoModelForTokenClassification", "AutoModelForQuestionAnswering"])
+def test_heads_that_read_every_row_have_the_texts_length(auto):
+    """Also under left padding, where no other row stands in for the first token."""
+    model = PromptModel(build("bert", auto), PromptConfig("prompt", P)).eval()
+    right, left = batch((5, 3)), batch((5, 3), side="left")
+    left["input_ids"][left["attention_mask"].bool()] = right["input_ids"][right["attention_mask"].bool()]
+    for x, y in zip(model(**right).values(), model(**left).values(), strict=True):
+        assert relative(y[left["attention_mask"].bool()], x[right["attention_mask"].bool()]) < 1e-12
+        torch.testing.assert_close(y[1, :2], x[1, 3:])  # rows of zeros

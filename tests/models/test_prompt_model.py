@@ -71,7 +71,7 @@ def test_batch_that_came_packed(family, kind):
     del flat["position_ids"]  # cu_seq_lens_q tell the same
     torch.testing.assert_close(model(**flat).loss, loss)
     with pytest.raises(ValueError, match="cu_seqlens must begin at 0"):
-        model(**flat | {"cu_seq_lens_q": flat["cu_seq_lens_q"] - 1})
+        model(**flat | {name: flat[name] - 1 for name in ("cu_seq_lens_q", "cu_seq_lens_k")})
 
 
 @pytest.mark.parametrize("family", DECODERS)
