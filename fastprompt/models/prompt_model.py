@@ -29,7 +29,8 @@ class PromptModel(nn.Module):
 
     Where PEFT is right the results are PEFT's, up to rounding. Where they differ, on purpose: left-padded tokens take
     the positions of right-padded ones; token types are honoured for every head; hidden states, logits and spans do not
-    move by P; a batch that came packed (restarting position_ids, no mask) does not leak between its samples.
+    move by P; a classification head over an encoder reads the text's first token, not the prompt's; position_ids are
+    honoured; samples that share a row of a batch do not see each other.
 
     A model may hold a bank of prompts of one shape, for languages or tasks: `prompt`, named "default", which it begins
     with, and `other_prompts`. The samples of one batch may read different ones. Adapters, if there are any, are common
