@@ -78,7 +78,7 @@ class Packing:
                 begins[bounds[:-1][bounds.diff() > 0].long()] = True
             begins = _begins(row, column, own, sample, begins, masked)
             if cu_seqlens is None:
-                inside = (begins & (row == row.roll(1))).nonzero().squeeze(1)
+                inside = (begins & _follows(row)).nonzero().squeeze(1)
                 bounds = torch.cat([rows, inside]).sort().values.to(torch.int32)
         segment = _segments(bounds)
         positions = column - column[bounds[:-1].long()[segment]]
@@ -112,6 +112,13 @@ def _segments(cu_seqlens: Tensor) -> Tensor:
     return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
 
+def _follows(row: Tensor) -> Tensor:
+    """(T,) whether the token before each is of the same row of the batch."""
+    same = row == row.roll(1)
+    same[:1] = False
+    return same
+
+
 def _begins(
     row: Tensor, column: Tensor, positions: Tensor | None, sample: Tensor | None, begins: Tensor | None, masked: bool
 ) -> Tensor:
@@ -119,8 +126,7 @@ def _begins(
 
     What is no step within a row, at the first token of each, says nothing.
     """
-    within = row == row.roll(1)
-    within[:1] = False
+    within = _follows(row)
     if sample is not None:
         changes = ~within | (sample != sample.roll(1))
         if begins is not None and not torch.equal(begins, changes):

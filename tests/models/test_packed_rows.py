@@ -107,8 +107,9 @@ def test_each_sample_of_several_rows_reads_its_prompt(family, kind):
     apart = [
         model(input_ids=row[None], prompt_ids=[id]).last_hidden_state[0] for row, id in zip(rows, ids, strict=True)
     ]
-    got = model(**ways(rows, 0)["several rows"], prompt_ids=ids).last_hidden_state
-    assert float((got.flatten(0, 1) - torch.cat(apart)).detach().abs().max()) < 1e-10
+    for way in "one row", "several rows":
+        got = model(**ways(rows, 0)[way], prompt_ids=ids).last_hidden_state
+        assert float((got.flatten(0, 1) - torch.cat(apart)).detach().abs().max()) < 1e-10
     with pytest.raises(ValueError, match=r"prompt_ids must be \(4,\), one a sentence, got \(2,\)"):
         model(**ways(rows, 0)["several rows"], prompt_ids=ids[:2])
 
@@ -193,6 +194,10 @@ def test_heads(family):
     for auto in ("AutoModelForSequenceClassification", "AutoModelForQuestionAnswering"):
         with pytest.raises(ValueError, match="samples that share a row are not for a head with one result a row"):
             model_of(family, "prompt", auto)(input_ids=rows, position_ids=places)
+    # A single sample in a single row came not packed.
+    label = model_of(family, "prompt", "AutoModelForSequenceClassification")
+    alone = label(input_ids=rows, position_ids=torch.arange(7).unsqueeze(0)).logits
+    assert float((alone - label(input_ids=rows).logits).detach().abs().max()) < 1e-10
     tags = model_of(family, "prompt", "AutoModelForTokenClassification")
     apart = [tags(input_ids=part).logits[0] for part in (rows[:, :4], rows[:, 4:])]
     assert float((tags(input_ids=rows, position_ids=places).logits[0] - torch.cat(apart)).detach().abs().max()) < 1e-10
