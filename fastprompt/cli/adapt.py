@@ -95,7 +95,7 @@ def train(
         for name in ("config", "resume", "device"):
             given.pop(name, None)
         if config is not None:
-            given = _read_config(config) | given
+            given = _read_config(config, task="task" in given) | given
         if isinstance(given.get("layers"), str):
             given["layers"] = _layers(given["layers"])
         places = {name: given.pop(name) for name in _PLACES if name in given}
@@ -165,14 +165,22 @@ def _config(kind: type, settings: dict):
     return kind(**settings)
 
 
-def _read_config(path: Path) -> dict:
-    from fastprompt._files import read_yaml
+def _read_config(path: Path, task: bool) -> dict:
+    """What a file says, each value of its setting's type; `task`: one is given already."""
+    from fastprompt._settings import check_fields, read_yaml
+    from fastprompt.training.config import TrainingConfig
+    from fastprompt.training.task_config import TaskConfig
 
     about = read_yaml(path)
     wrong = sorted(about.keys() & {"config", "resume", "device"})
     if wrong:
         raise ValueError(f"{path}: {', '.join(wrong)} must be given on the command line")
-    return about
+    for name in _PLACES:
+        if not isinstance(about.get(name, ""), str):
+            raise ValueError(f"{path}: {name} must be a string, got {about[name]!r}")
+    if isinstance(about.get("layers"), str):
+        about["layers"] = _layers(about["layers"])
+    return check_fields(TaskConfig if task or "task" in about else TrainingConfig, about, f"{path}: ")
 
 
 @app.command()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastprompt._files import read_yaml
+from fastprompt._settings import check_fields, read_yaml
 from fastprompt.training.task_config import RETRIEVAL, TaskConfig
 
 from .records import FROZEN, STUDIES
@@ -57,15 +57,15 @@ class StudyConfig:
     methods: Sequence[str] = ("head", "full", "lora", "prompt", "prefix", "prefix+alignment")
     examples: Sequence[int | str] = (8, 16, 32, 64, 128, 256, "all")
     seeds: Sequence[int] = (0, 1, 2)
-    parallel: dict[str, str | dict] = field(default_factory=dict)
+    parallel: dict[str, str | dict[str, str]] = field(default_factory=dict)
     parallel_test: int = 200
     also: dict[str, dict] = field(default_factory=dict)
     test_limit: int | None = None
     alignment: float = 1.0
     adapter_size: int = 64
-    settings: dict = field(default_factory=dict)
-    examples_settings: dict[int | str, dict] = field(default_factory=dict)
-    method_settings: dict[str, dict] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+    examples_settings: dict[int | str, dict[str, object]] = field(default_factory=dict)
+    method_settings: dict[str, dict[str, object]] = field(default_factory=dict)
     variants: Sequence[str] = ("",)
     pseudo_examples: int = 500
     title: str = ""
@@ -141,7 +141,7 @@ class StudyConfig:
         known = {each.name for each in dataclasses.fields(TaskConfig)}
         if not settings.keys() <= known:
             raise ValueError(f"settings must be of {sorted(known)}, got {sorted(settings.keys() - known)}")
-        return TaskConfig(**settings)
+        return TaskConfig(**check_fields(TaskConfig, settings, "settings: "))
 
 
 def read_study(path: str | Path, **given) -> StudyConfig:
@@ -159,6 +159,6 @@ def read_study(path: str | Path, **given) -> StudyConfig:
         if wrong:
             raise ValueError(f"{path}: {what} names {sorted(wrong)}; there are {sorted(names)}")
     try:
-        return StudyConfig(**about)
+        return StudyConfig(**check_fields(StudyConfig, about))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

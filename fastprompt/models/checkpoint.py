@@ -2,14 +2,25 @@
 
 import dataclasses
 import json
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastprompt._files import write_tensors, write_text
+from fastprompt._files import (
+    CHECKSUM,
+    check_json,
+    check_known,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from fastprompt.nn import Prefix, Prompt
 
 from .config import PromptConfig
@@ -18,9 +29,12 @@ from .initial import chosen_layers, new_prompt
 WEIGHTS, CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "fastprompt_config.json"
 ENCODER, ADAPTERS = "encoder.safetensors", "adapters.safetensors"
 KEY = "prompt_embeddings"
-HEAD_PREFIX = "base_model."  # what PEFT puts before the names of a trained head
+BACKBONE = "base_model."  # what PEFT puts before the names of the backbone's weights
 PEFT_TYPES = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 KINDS = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt"}
+_PEFTS = {"auto_mapping", "peft_version", "revision"}  # PEFT writes them into adapter_config.json, and we do not
+_MORE = ("other_prompts", "files")  # in our own file, beside the fields of PromptConfig
+_LOG = logging.getLogger("fastprompt")
 _HEADS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
@@ -39,8 +53,7 @@ def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] 
     peft_type = peft_type if model.adapters is None else "FASTPROMPT_WITH_ADAPTERS"
     name = type(model.backbone).__name__
     task = next((task for ending, task in _HEADS.items() if name.endswith(ending)), "FEATURE_EXTRACTION")
-    head = model.head()
-    modules = sorted({name.split(".")[0] for name in head})
+    modules = sorted({name.split(".")[0] for name in model.head() if _of_head(model.backbone, name)})
     kv_heads = geometry.kv_heads if config.kind == "prefix" else model.backbone.config.num_attention_heads
     peft_config = {
         "peft_type": peft_type,
@@ -54,78 +67,187 @@ def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] 
         "num_layers": geometry.layers,
         "modules_to_save": modules or None,
     }
-    own = dataclasses.asdict(config) | {"other_prompts": list(others)}
+    own, files = dataclasses.asdict(config) | {"other_prompts": list(others)}, {}
     own["layers"] = list(prompt.layers) if config.kind == "prefix" and not whole else None
     own["init_ids"] = None if config.init_ids is None else list(config.init_ids)
     own |= {"encoder": None, "encoder_hidden_size": None}  # this prompt's: others may have been loaded without theirs
     if prompt.encoder is not None:
         own |= {"encoder": prompt.encoder.name, "encoder_hidden_size": prompt.encoder.hidden_size}
         own |= {"init": "random", "init_ids": None}
-        write_tensors(directory / ENCODER, prompt.state_dict())
+        files[ENCODER] = write_tensors(directory / ENCODER, prompt.state_dict())
     if model.adapters is not None:
-        write_tensors(directory / ADAPTERS, model.adapters.state_dict())
-    write_tensors(directory / WEIGHTS, {KEY: prompt.encoded()} | {HEAD_PREFIX + n: p for n, p in head.items()})
-    write_text(directory / OWN_CONFIG, json.dumps(own, indent=2) + "\n")
+        files[ADAPTERS] = write_tensors(directory / ADAPTERS, model.adapters.state_dict())
+    beside = {BACKBONE + name: tensor for name, tensor in _beside(model).items()}
+    files[WEIGHTS] = write_tensors(directory / WEIGHTS, {KEY: prompt.encoded()} | beside)
+    write_json(directory / OWN_CONFIG, own | {"files": files})
     write_text(directory / CONFIG, json.dumps(peft_config, indent=2) + "\n")
+
+
+def _of_head(backbone: nn.Module, name: str) -> bool:
+    """Whether a weight is of a task's head, which PEFT lists with its modules to save."""
+    inside = backbone.base_model is backbone or name.startswith(backbone.base_model_prefix + ".")
+    return not inside and backbone.get_output_embeddings() is None
+
+
+def _beside(model) -> dict[str, Tensor]:
+    """What goes into the file beside the prompt, by its name in the backbone: all that its base does not bring.
+
+    A task's head; what else trains, or came from a file; buffers; and what is of another shape than the base model's
+    own configuration says, as are embeddings with more tokens. Of tied weights the first.
+    """
+    backbone, found, seen = model.backbone, {}, set()
+    parameters = dict(backbone.named_parameters(remove_duplicate=False))
+    buffers, base = dict(backbone.named_buffers()), _base_shapes(backbone)
+    for name, tensor in backbone.state_dict(keep_vars=True).items():
+        if name in parameters:
+            plain = name.replace(".base_layer.", ".")  # as it was before something like LoRA was put around it
+            added = base is not None and base.get(plain) != tensor.shape
+            wanted = tensor.requires_grad or name in model._head or added
+        else:
+            wanted = name in buffers
+        if wanted and id(tensor) not in seen:
+            found[name] = tensor
+            seen.add(id(tensor))
+    return found
+
+
+def _base_shapes(backbone: nn.Module) -> dict[str, torch.Size] | None:
+    """The shapes of a backbone as its base model's configuration, wherever that is, makes it; None if it is not known.
+
+    Raises a warning for a base that had a place of its own, which is no longer there.
+    """
+    place = backbone.config._name_or_path
+    if not place:
+        return None
+    try:
+        config = type(backbone.config).from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError):
+        warnings.warn(
+            f"{place!r}, the backbone's base model, has no configuration any more: if the backbone was changed in "
+            "shape since (as by resize_token_embeddings), what was added is not saved with the prompt",
+            stacklevel=2,
+        )
+        return None
+    # What the class makes of it, but not its weights.
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in type(backbone)(config).state_dict().items()}
 
 
 def load(cls, backbone: nn.Module, directory: Path, trainable: bool):
     """See `PromptModel.from_pretrained`."""
-    config, tensors, others = _read(directory)
-    model = cls(backbone, _start(config, config, trainable))
-    model.config = config
-    _fill(model.prompt, tensors.pop(KEY), directory)
+    stored = _read(directory)
+    beside = _fitting(backbone, stored.beside, directory)
+    model = cls(backbone, _start(stored.config, stored.config, trainable))
+    model.config = stored.config
+    _fill(model.prompt, stored)
     if model.adapters is not None:
-        _load_state(model.adapters, directory, ADAPTERS)
-    parameters = dict(backbone.named_parameters())
-    for name, tensor in tensors.items():
-        name = name.removeprefix(HEAD_PREFIX)
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            have = tuple(parameters[name].shape) if name in parameters else "no such parameter"
-            raise ValueError(f"{name} in {directory} must fit the backbone: {have}, got {tuple(tensor.shape)}")
-        parameters[name].data.copy_(tensor)
-    for name in others:
+        _load_state(model.adapters, stored, ADAPTERS)
+    for own, tensor in beside.values():
+        own.data.copy_(tensor)
+    # What came from a file goes into the next one.
+    parameters = {name for name, _ in backbone.named_parameters()}
+    model._head += [name for name in beside if name in parameters and name not in model._head]
+    for name in stored.others:
         model.load_prompt(name, directory / name, trainable=trainable)
     return model
 
 
 def load_prompt(model, directory: Path, trainable: bool) -> Prompt | Prefix:
     """The prompt in a folder, for the bank of `model`."""
-    config, tensors, _ = _read(directory)
-    own = model.config
+    stored, own = _read(directory), model.config
+    config = stored.config
     settings = {"kind": (config.kind, own.kind), "position_offset": (config.position_offset, own.position_offset)}
     if config.kind == own.kind == "prefix":
         settings["layers"] = tuple(chosen_layers(each, model._packed.geometry.layers) for each in (config, own))
     for name, (got, expected) in settings.items():
         if got != expected:
             raise ValueError(f"{name} of the prompt in {directory} must be {expected!r}, as the model's, got {got!r}")
+    inner = {name: tensor for name, tensor in stored.beside.items() if not _of_head(model.backbone, name)}
+    for name, (own_tensor, tensor) in _fitting(model.backbone, inner, directory).items():
+        if not torch.equal(own_tensor, tensor.to(own_tensor)):
+            raise ValueError(f"{name} beside the prompt in {directory} must be the model's: it was trained there")
     prompt = new_prompt(_start(own, config, trainable), model._packed)
-    _fill(prompt, tensors[KEY], directory)
+    _fill(prompt, stored)
     return prompt
 
 
-def _read(directory: Path) -> tuple[PromptConfig, dict[str, Tensor], list[str]]:
-    """The configuration in a folder, its tensors, and the names of the other prompts in its subfolders."""
+class _Folder(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        directory: where.
+        config: of the prompt.
+        rows: the prompt.
+        beside: weights of the backbone, by their names in it.
+        others: names of the other prompts in its subfolders.
+        files: digests of the files that were written together; empty where PEFT wrote them, or an older version.
+    """
+
+    directory: Path
+    config: PromptConfig
+    rows: Tensor
+    beside: dict[str, Tensor]
+    others: list[str]
+    files: dict[str, str]
+
+
+def _read(directory: Path) -> _Folder:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"directory must hold {name}, which is not in {directory}")
-    others = []
-    if (directory / OWN_CONFIG).is_file():
-        own = json.loads((directory / OWN_CONFIG).read_text(encoding="utf-8"))
-        others = own.pop("other_prompts", others)
-        config = PromptConfig(**own)
-    else:  # PEFT wrote it
-        peft_config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    peft_config, others, files = read_json(directory / CONFIG), [], {}
+    by_peft = bool(_PEFTS & peft_config.keys())
+    if (directory / OWN_CONFIG).is_file() and not by_peft:
+        config, others, files = _read_own(directory / OWN_CONFIG)
+    else:
+        if (directory / OWN_CONFIG).is_file():
+            _LOG.warning("%s: PEFT has saved over what it belongs to, and it is not read", directory / OWN_CONFIG)
         kind = KINDS.get(peft_config.get("peft_type"))
         if kind is None:
             raise ValueError(
                 f"peft_type in {directory / CONFIG} must be one of {tuple(KINDS)}, got {peft_config.get('peft_type')!r}"
             )
+        if "num_virtual_tokens" not in peft_config:
+            raise ValueError(f"{directory / CONFIG} must have num_virtual_tokens, got {sorted(peft_config)}")
         config = PromptConfig(kind, peft_config["num_virtual_tokens"], prefix_in_window=True)
-    tensors = load_file(directory / WEIGHTS)
+    tensors = _tensors(directory, WEIGHTS, files)
     if KEY not in tensors:
         raise ValueError(f"{directory / WEIGHTS} must hold {KEY!r}, got {sorted(tensors)}")
-    return config, tensors, others
+    rows = tensors.pop(KEY)
+    return _Folder(directory, config, rows, {n.removeprefix(BACKBONE): t for n, t in tensors.items()}, others, files)
+
+
+def _read_own(file: Path) -> tuple[PromptConfig, list[str], dict[str, str]]:
+    """The configuration of our own file, the names of the other prompts, and the digests of the files beside it."""
+    own = read_json(file)
+    check_known(file, own, {field.name for field in dataclasses.fields(PromptConfig)} | {*_MORE, CHECKSUM})
+    check_json(file, own)
+    others, files = own.pop("other_prompts", []), own.pop("files", {})
+    own.pop(CHECKSUM, None)
+    try:
+        return PromptConfig(**own), others, files
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _tensors(directory: Path, name: str, files: dict[str, str]) -> dict[str, Tensor]:
+    stored = read_tensors(directory / name)
+    if files.get(name, stored.digest) != stored.digest:
+        raise ValueError(
+            f"{name} in {directory} is not the one that {OWN_CONFIG} was written with: files were mixed, or saving was "
+            f"cut short; without {OWN_CONFIG} it is read as PEFT's"
+        )
+    return stored.tensors
+
+
+def _fitting(backbone: nn.Module, beside: dict[str, Tensor], directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The backbone's own tensor and that of a file, by name."""
+    own = backbone.state_dict(keep_vars=True)
+    for name, tensor in beside.items():
+        if name not in own or own[name].shape != tensor.shape:
+            have = tuple(own[name].shape) if name in own else "no such parameter"
+            raise ValueError(f"{name} in {directory} must fit the backbone: {have}, got {tuple(tensor.shape)}")
+    return {name: (own[name], tensor) for name, tensor in beside.items()}
 
 
 def _start(config: PromptConfig, stored: PromptConfig, trainable: bool) -> PromptConfig:
@@ -136,8 +258,8 @@ def _start(config: PromptConfig, stored: PromptConfig, trainable: bool) -> Promp
 
 
 @torch.no_grad()
-def _fill(prompt: Prompt | Prefix, rows: Tensor, directory: Path) -> None:
-    expected = prompt.encoded().shape
+def _fill(prompt: Prompt | Prefix, stored: _Folder) -> None:
+    rows, directory, expected = stored.rows, stored.directory, prompt.encoded().shape
     if rows.shape != expected:
         raise ValueError(
             f"{KEY} in {directory / WEIGHTS} must be {tuple(expected)} for this backbone, got {tuple(rows.shape)}"
@@ -145,18 +267,18 @@ def _fill(prompt: Prompt | Prefix, rows: Tensor, directory: Path) -> None:
     if prompt.encoder is None:
         prompt.weight.copy_(rows)
         return
-    _load_state(prompt, directory, ENCODER)
+    _load_state(prompt, stored, ENCODER)
     encoded = prompt.encoded()
     if not torch.allclose(encoded, rows.to(encoded), rtol=0, atol=1e-2 * float(encoded.abs().max())):
         raise ValueError(f"{ENCODER} in {directory} makes another prompt than the one beside it: files were mixed")
 
 
-def _load_state(module: nn.Module, directory: Path, name: str) -> None:
-    file = directory / name
+def _load_state(module: nn.Module, stored: _Folder, name: str) -> None:
+    file = stored.directory / name
     if not file.is_file():
         why = " to go on training" if name == ENCODER else ""
-        raise FileNotFoundError(f"directory must hold {name}{why}, which is not in {directory}")
-    tensors = load_file(file)
+        raise FileNotFoundError(f"directory must hold {name}{why}, which is not in {stored.directory}")
+    tensors = _tensors(stored.directory, name, stored.files)
     shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (module.state_dict(), tensors))
     if got != shapes:
         raise ValueError(f"{file} must hold {shapes}, got {got}")

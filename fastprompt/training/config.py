@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fastprompt._settings import check_fields
 from fastprompt.models import PromptConfig
 from fastprompt.nn import AlignmentLoss
 
@@ -51,6 +52,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(TrainingConfig, vars(self))
         for name in ("temperature", "lr", "projection_lr"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):

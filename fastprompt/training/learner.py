@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprompt._files import write_tensors
+from fastprompt._files import read_tensors, write_tensors
 from fastprompt.models import PromptModel
 from fastprompt.nn import AlignmentLoss
 
@@ -91,21 +91,18 @@ class Learner(nn.Module):
         """What `save` wrote; of a folder that PEFT wrote, with the projection at the identity.
 
         Raises:
-            FileNotFoundError, ValueError: a file is missing, or does not fit the backbone or the prompt.
+            FileNotFoundError, ValueError: a file is missing, damaged, or does not fit the backbone or the prompt.
         """
-        from safetensors import safe_open
-
         learner = cls(PromptModel.from_pretrained(backbone, folder), config, labels)
         file = folder / ALIGNMENT
         if not file.is_file():
             return learner
-        with safe_open(file, "pt") as stored:
-            if stored.metadata().get("prompt") != _digest(learner.prompted.prompt.weight):
-                raise ValueError(
-                    f"{file} belongs to another prompt than the one beside it: files of two runs were mixed, or a run "
-                    "was killed while it saved (train --resume writes them again)"
-                )
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        tensors, metadata, _ = read_tensors(file)
+        if metadata.get("prompt") != _digest(learner.prompted.prompt.weight):
+            raise ValueError(
+                f"{file} belongs to another prompt than the one beside it: files of two runs were mixed, PEFT saved "
+                "over this one, or a run was killed while it saved (train --resume writes them again)"
+            )
         expected = {k: v for k, v in learner.state_dict().items() if not k.startswith("prompted.")}
         shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (expected, tensors))
         if got != shapes:

@@ -1,20 +1,24 @@
 """The folder of a training run: what it was asked, how far it is, and how it went."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
 
 from fastprompt._extras import require
-from fastprompt._files import write_aside, write_text
+from fastprompt._files import check_json, check_known, read_json, sync, write_aside, write_json, write_text
 from fastprompt._measure import peak_memory_mb, seconds_per_step
 
 from .config import TrainingConfig
 from .task_config import TaskConfig
 
 RUN, STATE, METRICS, CURVES, SUMMARY = "run.json", "training_state.pt", "metrics.jsonl", "curves.png", "summary.json"
+_NO_COMMENT, _COMMENT = b"\x00\x00", b"\x40\x00"  # a zip archive's last field: how many bytes of comment follow
+_SEAL = len(_COMMENT) + 64
 
 
 class Run:
@@ -30,7 +34,8 @@ class Run:
     Raises:
         FileExistsError: the folder holds a run and `resume` was not asked for.
         FileNotFoundError: there is nothing to resume.
-        ValueError: what is to be resumed was another run: other settings, backbone or sentences.
+        ValueError: what is to be resumed was another run: other settings, backbone or sentences; or a file of it is
+            damaged.
     """
 
     def __init__(
@@ -53,12 +58,13 @@ class Run:
         else:
             if not (folder / RUN).is_file():
                 raise FileNotFoundError(f"out {folder} holds no run to resume: {RUN} is not there")
-            _check_same(json.loads((folder / RUN).read_text(encoding="utf-8")), about, defaults, folder)
-        write_text(folder / RUN, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        self.state = torch.load(state, weights_only=True) if resume and state.is_file() else None
+            before = read_json(folder / RUN)
+            check_json(folder / RUN, before)
+            _check_same(before, about, defaults, folder)
+        self.state = _read_state(state) if resume and state.is_file() else None
         if self.state is not None:
-            lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-            self.records = [json.loads(line) for line in lines[: self.state["step"]]]
+            self.records = _read_records(folder / METRICS, self.state)
+        write_json(folder / RUN, about)
         self.write_records()
 
     def record(self, **metrics: float) -> None:
@@ -70,11 +76,17 @@ class Run:
     def save_state(self, step: int, tensors: dict, optimizer: dict, **more) -> None:
         """Write what a resumed run begins with: one file, so that its parts are of one step."""
         state = {"step": step, "trained": tensors, "optimizer": optimizer, **more}
-        write_aside(self.folder / STATE, lambda aside: torch.save(state, aside))
+        # Of all records up to this step: those that the file has beyond them are left out when it is read.
+        state["metrics"] = hashlib.sha256(self._lines().encode()).hexdigest()
+        sync(self.folder / METRICS)  # what the state counts on must not come after it
+        write_aside(self.folder / STATE, lambda aside: _write_sealed(state, aside))
 
     def write_records(self) -> None:
         """Write all records anew."""
-        write_text(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.records))
+        write_text(self.folder / METRICS, self._lines())
+
+    def _lines(self) -> str:
+        return "".join(json.dumps(record) + "\n" for record in self.records)
 
     def summarise(self, planned: int, stopped: bool) -> dict:
         """Write and return steps, done and planned, whether the user stopped it, last loss, median seconds of a step,
@@ -116,9 +128,61 @@ def read_run(folder: Path) -> dict | None:
     file = folder / RUN
     if not file.is_file():
         return None
-    about = json.loads(file.read_text(encoding="utf-8"))
-    config = (TaskConfig if "task" in about["config"] else TrainingConfig)(**about["config"])
-    return {"config": config, "labels": about["labels"]}
+    about = read_json(file)
+    check_json(file, about)
+    missing = [name for name in ("config", "labels") if name not in about]
+    if missing:
+        raise ValueError(f"{file} is damaged: it has no {', '.join(missing)}")
+    kind = TaskConfig if "task" in about["config"] else TrainingConfig
+    check_known(file, about["config"], {field.name for field in dataclasses.fields(kind)})
+    return {"config": kind(**about["config"]), "labels": about["labels"]}
+
+
+def _write_sealed(state: dict, file: Path) -> None:
+    """torch's file, and the SHA-256 of it as the comment that a zip archive may end with."""
+    torch.save(state, file)
+    digest = _sha256(file)
+    with file.open("r+b") as archive:
+        archive.seek(-len(_NO_COMMENT), os.SEEK_END)
+        archive.write(_COMMENT + digest.encode())
+
+
+def _read_state(file: Path) -> dict:
+    """What a run goes on from; of what an older version wrote there is no checksum."""
+    with file.open("rb") as archive:
+        archive.seek(max(0, file.stat().st_size - _SEAL))
+        comment, expected = archive.read(len(_COMMENT)), archive.read()
+    if comment == _COMMENT:
+        found = _sha256(file, without=_SEAL)
+        if expected != found.encode():
+            raise ValueError(f"{file} is damaged: its checksum is {expected.decode('latin-1')!r}, not {found!r}")
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # of a file that is none of its own, torch raises whatever comes
+        raise ValueError(f"{file} is damaged, or no state of a run: {str(error).partition(chr(10))[0]}") from error
+
+
+def _sha256(file: Path, without: int = 0) -> str:
+    """Of an archive without a comment; `without` bytes at the end are taken for one."""
+    whole, left = hashlib.sha256(), file.stat().st_size - (without or len(_NO_COMMENT))
+    with file.open("rb") as archive:
+        while part := archive.read(min(left, 1 << 20)):
+            whole.update(part)
+            left -= len(part)
+    return whole.hexdigest()
+
+
+def _read_records(file: Path, state: dict) -> list[dict]:
+    """The records up to the state's step; what the file has beyond them was never saved."""
+    step, lines = state["step"], []
+    if file.is_file():
+        lines = file.read_bytes().splitlines(keepends=True)[:step]
+    if len(lines) < step:
+        raise ValueError(f"{file} is damaged: it must have the {step} steps of {STATE} beside it, got {len(lines)}")
+    found = hashlib.sha256(b"".join(lines)).hexdigest()
+    if state.get("metrics", found) != found:
+        raise ValueError(f"{file} is damaged: the checksum of {step} lines is {state['metrics']}, not {found}")
+    return [json.loads(line) for line in lines]
 
 
 def _plain(config: dict) -> dict:

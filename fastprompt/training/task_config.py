@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fastprompt._settings import check_fields
 from fastprompt.models import PromptConfig
 from fastprompt.models.adapted import METHODS
 from fastprompt.nn import AlignmentLoss
@@ -89,6 +90,7 @@ class TaskConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(TaskConfig, vars(self))
         for name, allowed in (
             ("task", (*TASKS, RETRIEVAL)),
             ("method", METHODS),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprompt._files import write_tensors
+from fastprompt._files import read_tensors, write_tensors
 from fastprompt.models.adapted import AdaptedBackbone, keep_layers
 from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
@@ -145,14 +145,12 @@ class TaskLearner(nn.Module):
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: it is not there, or of another configuration or backbone.
+            FileNotFoundError, ValueError: it is not there, is damaged, or of another configuration or backbone.
         """
-        from safetensors.torch import load_file
-
         file = folder / TRAINED
         if not file.is_file():
             raise FileNotFoundError(f"adapter {folder} holds no {TRAINED}")
-        tensors = load_file(file)
+        tensors = read_tensors(file).tensors
         expected, got = ({n: tuple(t.shape) for n, t in each.items()} for each in (self.trained(), tensors))
         if got != expected:
             wrong = sorted(expected.items() ^ got.items())

@@ -215,6 +215,6 @@ def test_bad_files(tmp_path):
     assert model.prompt_names == ("default", "task-b", "xho")
     model.save_pretrained(tmp_path)
     file = tmp_path / "fastprompt_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"other_prompts": ["../elsewhere"]}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"other_prompts": ["../elsewhere"], "checksum": None}))
     with pytest.raises(ValueError, match="name must be a string, not empty"):
         PromptModel.from_pretrained(build("bert"), tmp_path)

@@ -1,0 +1,108 @@
+"""Settings in YAML files: values are what they look like, and each is held to its field's type."""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastprompt._extras import require
+
+_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+_NUMBERS = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", types.NoneType: "nothing"}
+
+
+def read_yaml(path: Path) -> dict:
+    """Names and values of a YAML file, by YAML 1.2: `no` is a word, the language's name, and `1e-2` a number.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or is no YAML of that kind.
+    """
+    yaml = require("yaml", "train")
+    try:
+        about = yaml.load(path.read_text(encoding="utf-8"), _loader())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be YAML: {error}") from error
+    if not isinstance(about, dict) or not all(isinstance(name, str) for name in about):
+        raise ValueError(f"{path}: must hold names and values, got {type(about).__name__}")
+    return about
+
+
+def _loader() -> type:
+    """PyYAML's safe loader, which goes by YAML 1.1, with the plain values of YAML 1.2."""
+    yaml = require("yaml", "train")
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {}
+
+    for kind, pattern, first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?\d+", list("-+0123456789")),
+        ("float", _NUMBERS, list("-+.0123456789")),
+        ("merge", r"<<", ["<"]),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"(?:{pattern})$"), first)
+    # 010 is ten: PyYAML's own would take it for eight, and 1:30 for ninety.
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    return Loader
+
+
+def check_fields(kind: type, values: dict, where: str = "") -> dict:
+    """`values` for the fields of the dataclass `kind`, each as its field's type has it; other names are left alone.
+
+    An integer will do for a number, and yes, no, on or off for true or false.
+
+    Raises:
+        ValueError: after `where`, the name, what is expected and what came.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.name in values]
+    return values | {name: _checked(hints[name], values[name], where + name) for name in names}
+
+
+def _checked(hint, value, where: str):
+    fits, value = _fit(hint, value)
+    if not fits:
+        quoted = " (a word such as no or 1e-2 in quotes is a string)" if isinstance(value, str) else ""
+        raise ValueError(f"{where} must be {_described(hint)}, got {value!r}{quoted}")
+    return value
+
+
+def _fit(hint, value) -> tuple[bool, object]:
+    """Whether a value is of a type, and the value as that type has it."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return next(((True, made) for each in inner for fits, made in [_fit(each, value)] if fits), (False, value))
+    if hint is bool and isinstance(value, str) and value.lower() in _WORDS:
+        return True, _WORDS[value.lower()]
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool), value
+    if origin is dict:
+        if not isinstance(value, dict):
+            return False, value
+        parts = [(_fit(inner[0], name), _fit(inner[1], each)) for name, each in value.items()]
+        return all(name[0] and each[0] for name, each in parts), {name[1]: each[1] for name, each in parts}
+    if origin is not None and issubclass(origin, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False, value
+        parts = [_fit(inner[0], each) for each in value]
+        return all(fits for fits, _ in parts), value
+    if hint is int:
+        return type(value) is int, value
+    return isinstance(value, origin or hint), value
+
+
+def _described(hint) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, inner))
+    if origin is dict:
+        return f"names and values ({_described(inner[0])}: {_described(inner[1])})"
+    if hint is dict:
+        return "names and values"
+    if origin is not None and issubclass(origin, Sequence):
+        return f"a list, each of it {_described(inner[0])}"
+    return _NAMES.get(hint, str(hint))
