@@ -11,7 +11,14 @@ from fastprompt._extras import require
 
 _WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 _NUMBERS = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", types.NoneType: "nothing"}
+_NAMES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    types.NoneType: "nothing",
+    object: "anything",
+}
 
 
 def read_yaml(path: Path) -> dict:
@@ -66,8 +73,7 @@ def check_fields(kind: type, values: dict, where: str = "") -> dict:
 def _checked(hint, value, where: str):
     fits, value = _fit(hint, value)
     if not fits:
-        quoted = " (a word such as no or 1e-2 in quotes is a string)" if isinstance(value, str) else ""
-        raise ValueError(f"{where} must be {_described(hint)}, got {value!r}{quoted}")
+        raise ValueError(f"{where} must be {_described(hint, value)}, got {value!r}")
     return value
 
 
@@ -86,7 +92,7 @@ def _fit(hint, value) -> tuple[bool, object]:
         parts = [(_fit(inner[0], name), _fit(inner[1], each)) for name, each in value.items()]
         return all(name[0] and each[0] for name, each in parts), {name[1]: each[1] for name, each in parts}
     if origin is not None and issubclass(origin, Sequence):
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             return False, value
         parts = [_fit(inner[0], each) for each in value]
         return all(fits for fits, _ in parts), value
@@ -95,14 +101,15 @@ def _fit(hint, value) -> tuple[bool, object]:
     return isinstance(value, origin or hint), value
 
 
-def _described(hint) -> str:
+def _described(hint, value=None) -> str:
+    """What a type is called; of lists and of names and values, what is in them only where `value` is such a one."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_described, inner))
-    if origin is dict:
-        return f"names and values ({_described(inner[0])}: {_described(inner[1])})"
-    if hint is dict:
-        return "names and values"
+        return " or ".join(dict.fromkeys(_described(each, value) for each in inner))
+    if hint is dict or origin is dict:
+        return "names and values" + (
+            f", each of them {_described(inner[1])}" if isinstance(value, dict) and inner else ""
+        )
     if origin is not None and issubclass(origin, Sequence):
-        return f"a list, each of it {_described(inner[0])}"
-    return _NAMES.get(hint, str(hint))
+        return "a list" + (f", each of it {_described(inner[0])}" if isinstance(value, list | tuple) else "")
+    return _NAMES[hint]

@@ -65,6 +65,18 @@ def test_train_and_evaluate(files):
     assert len(list((files / "cache" / "training").iterdir())) == 3  # teacher's vectors, twice, and hidden states
 
 
+def test_a_third_column(files):
+    """A label where that is asked for, and nothing where it is to be ignored."""
+    (files / "labelled.tsv").write_text("".join(f"w{n} w{n + 1}\tw{n + 20}\t{'ab'[n % 2]}\n" for n in range(6)))
+    common = ["--backbone", "backbone", "--parallel", "labelled.tsv"]
+    for third, labels in (("label", ["a", "b"]), ("ignore", [])):
+        done = call("train", *common, "--third-column", third, "--out", third, *SMALL)
+        assert done.exit_code == 0, done.output
+        assert json.loads((files / third / "run.json").read_text())["labels"] == labels
+    done = call("evaluate", *common, "--third-column", "label", "--adapter", "label", "--json", "scores.json")
+    assert done.exit_code == 0 and "accuracy" in json.loads((files / "scores.json").read_text())["with"]
+
+
 def test_catalogues_and_aligned_files(files):
     (files / "cy.po").write_text(
         'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\nmsgid "w1 w2"\nmsgstr "w21"\n'
@@ -79,6 +91,8 @@ def test_catalogues_and_aligned_files(files):
 
 def bad_inputs(files) -> dict[str, tuple[list, str]]:
     (files / "no_tab.tsv").write_text("w1\tw2\nw3 w4\n")
+    (files / "licence.tsv").write_text("w1 w2\tw21\tCC-BY\nw3\tw23\tCC-BY\n")
+    (files / "score.tsv").write_text("1.05\tw1 w2\tw21\n1.04\tw3\tw23\n")
     t5 = transformers.T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=48)
     transformers.T5Model(t5).save_pretrained(files / "t5")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -86,6 +100,14 @@ def bad_inputs(files) -> dict[str, tuple[list, str]]:
     return {
         "row without a tab": (["--parallel", "no_tab.tsv"], r"no_tab\.tsv, line 2: no tab in 'w3 w4', expected"),
         "no such file": (["--parallel", "none.tsv"], r"none\.tsv"),
+        "a licence": (
+            ["--parallel", "licence.tsv"],
+            r"licence\.tsv, line 1: a third column, 'CC-BY', and ",
+        ),
+        "a score": (
+            ["--parallel", "score.tsv", "--third-column", "label"],
+            "English side is a number in every row",
+        ),
         "unknown layer": (["--layers", "0,7"], "layers must be indices of the backbone's 3 layers, got 7"),
         "layers that are none": (["--layers", "first"], "layers must be numbers joined by commas.* got 'first'"),
         "prompt longer than the table": (["--num-virtual-tokens", "64"], "num_virtual_tokens must leave room"),
@@ -95,7 +117,7 @@ def bad_inputs(files) -> dict[str, tuple[list, str]]:
     }
 
 
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", range(10))
 def test_one_clear_error(files, case):
     arguments, message = list(bad_inputs(files).values())[case]
     base = ["--backbone", "backbone", "--parallel", "pairs.tsv", "--out", "run", *SMALL]

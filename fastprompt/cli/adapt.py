@@ -17,10 +17,15 @@ Parallel = Annotated[
     Option(help="English, tab, target language, a pair a line; or a .po file; or English alone, line by line."),
 ]
 ParallelTarget = Annotated[Path | None, Option(help="The target language, where --parallel is English alone.")]
+ThirdColumn = Annotated[
+    str | None,
+    Option(help="What that of --parallel is: label (trains a head, too), or ignore. None: there is none."),
+]
 Data = Annotated[str | None, Option(help="A task's data: its folder, or its name on the hub.")]
 
 # What a run reads and writes; the other options, and names in a YAML file, are settings that decide its result.
-_PLACES = ("backbone", "out", "parallel", "parallel_target", "data", "language", "train_split", "validation_split")
+_PLACES = ("backbone", "out", "parallel", "parallel_target", "third_column", "data", "language", "train_split")
+_PLACES += ("validation_split",)
 
 
 @app.command()
@@ -33,6 +38,7 @@ def train(
     out: Annotated[Path | None, Option(help="Folder of the run.")] = None,
     parallel: Parallel = None,
     parallel_target: ParallelTarget = None,
+    third_column: ThirdColumn = None,
     task: Annotated[str | None, Option(help="pawsx, xquad or mlqa; without one the alignment alone trains.")] = None,
     data: Data = None,
     language: Annotated[str | None, Option(help="Of a task's labelled examples: en.")] = None,
@@ -189,6 +195,7 @@ def evaluate(
     adapter: Annotated[Path, Option(help="Folder of a run, or of an adapter that PEFT wrote.")],
     parallel: Parallel = None,
     parallel_target: ParallelTarget = None,
+    third_column: ThirdColumn = None,
     data: Data = None,
     languages: Annotated[str | None, Option(help="Of a task's run: languages to score, such as en,de.")] = None,
     split: Annotated[str, Option(help="Of a task's run: as --train-split of train.")] = "test",
@@ -211,7 +218,7 @@ def evaluate(
         if (parallel is None) == (data is None):
             raise ValueError("exactly one of --parallel (a language's run) and --data (a task's run) must be given")
         if parallel is not None:
-            pairs = _pairs({"parallel": parallel, "parallel_target": parallel_target})
+            pairs = _pairs({"parallel": parallel, "parallel_target": parallel_target, "third_column": third_column})
             model, tokenizer = _backbone(backbone, device)
             scores = score(model, tokenizer, pairs, adapter, prefix_text=prefix_text, pooling=pooling)
             scores = {f"{name} adapter": each for name, each in scores.items()}
@@ -247,7 +254,7 @@ def _layers(text: str) -> list[int]:
 def _pairs(places: dict):
     from fastprompt.tasks.parallel import read_pairs
 
-    return read_pairs(places["parallel"], places.get("parallel_target"))
+    return read_pairs(places["parallel"], places.get("parallel_target"), third_column=places.get("third_column"))
 
 
 def _backbone(name: str, device: str | None, task: bool = False):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastprompt._files import cache_folder
 from fastprompt.demo.packages import DJANGO, download
+from fastprompt.tasks._reading import tell_left_out
 from fastprompt.tasks.parallel import Pair, read_catalogue, split_pairs
 
 MIN_WORDS = 3  # of the English; with four a scarce language keeps too few
@@ -37,7 +38,9 @@ def demo_sentences(wheel: Path, language: str) -> tuple[list[Pair], list[Pair]]:
     Raises:
         ValueError: Django has no such language, or too few sentences of it.
     """
-    pairs = clean(read_language(wheel, language))
+    there = read_language(wheel, language)
+    pairs = clean(there)
+    tell_left_out(wheel.name, len(there) - len(pairs), len(there), f"pairs of {language!r}, not fit to learn from,")
     if len(pairs) < MIN_PAIRS:
         raise ValueError(
             f"language {language!r} has {len(pairs)} sentences after cleaning, expected {MIN_PAIRS} or more"

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastprompt._extras import require
 from fastprompt._measure import peak_memory_mb, seconds_per_step
 from fastprompt.tasks.parallel import Pair, read_pairs
-from fastprompt.tasks.retrieval import retrieval_scores
+from fastprompt.tasks.retrieval import firsts, retrieval_scores, sentence_groups
 
 MAX_LENGTH = 256  # tokens of a sentence
 
@@ -84,7 +84,8 @@ class Job:
         base.requires_grad_(False)
         self._translations = self.tokens(pair.target for pair in train)
         self.plain = Encoder(base, self._tokenizer.pad_token_id)
-        self._teacher = self.plain.all(self.tokens(pair.source for pair in train))
+        english = self.tokens(pair.source for pair in train)
+        self._teacher, self._groups = self.plain.all(english), sentence_groups(english).tolist()
 
         config = peft.PrefixTuningConfig(task_type=peft.TaskType.FEATURE_EXTRACTION, num_virtual_tokens=16)
         model = peft.get_peft_model(base, config).eval()
@@ -105,7 +106,8 @@ class Job:
         return [torch.tensor(each) for each in ids]
 
     def loss(self, batch: Sequence[int]) -> Tensor:
-        """Of the training pairs of these numbers."""
+        """Of the training pairs of these numbers, each English sentence once."""
+        batch = [n for n, first in zip(batch, firsts([self._groups[n] for n in batch]), strict=True) if first]
         student = self.student([self._translations[n] for n in batch])
         return alignment_loss(self.projection(student), self._teacher[batch], 0.05)
 
@@ -151,10 +153,10 @@ def run(
         "steps": len(seconds),
     }
     queries, english = (job.tokens(getattr(pair, side) for pair in test) for side in ("target", "source"))
-    english = job.plain.all(english)
+    english, groups = job.plain.all(english), sentence_groups(english)
     scores = {
-        "without": retrieval_scores(job.plain.all(queries), english),
-        "with": retrieval_scores(job.vectors(queries), english),
+        "without": retrieval_scores(job.plain.all(queries), english, groups),
+        "with": retrieval_scores(job.vectors(queries), english, groups),
     }
     return result | {"scores": scores}
 

@@ -31,7 +31,8 @@ class StudyConfig:
         examples: numbers of labelled examples; "all" for all.
         seeds: of what is random in a run.
         parallel: language -> parallel text: a file, as `fastprompt.tasks.parallel.read_pairs` takes it, or {"pawsx",
-            "split"}: data and split of PAWS-X, whose rows are translations of each other; labels are not read.
+            "split"}: data and split of PAWS-X, whose rows are translations of each other; a third column, and labels,
+            are not read.
         parallel_test: pairs of each of those files that are kept for the scores (retrieval).
         also: task -> {"data", "languages", "split"}: of another task of the same kind, scored with the same runs.
         test_limit: score so many examples of each language, evenly spread. None: all.

@@ -15,8 +15,10 @@ import torch
 
 from fastprompt._files import write_text
 from fastprompt._measure import peak_memory_mb
+from fastprompt.tasks._reading import tell_left_out
 from fastprompt.tasks.data import read_examples, spread
 from fastprompt.tasks.parallel import Pair, read_pairs, split_pairs
+from fastprompt.tasks.squad import Question
 from fastprompt.training.encoding import load_backbone
 from fastprompt.training.task_config import RETRIEVAL, TaskConfig
 from fastprompt.training.task_learner import TaskLearner
@@ -122,7 +124,10 @@ def read_data(config: StudyConfig) -> Data:
             )
         return Data([], [], {RETRIEVAL: tests}, train)
     read = [config.task, config.data, config.source]
-    train = read_examples(*read, config.train_split)
+    there = read_examples(*read, config.train_split)
+    train = [each for each in there if not isinstance(each, Question) or each.exact_answers]
+    what = f"examples of {config.source!r}, whose answers do not stand where they say,"
+    tell_left_out(config.train_split, len(there) - len(train), len(there), what)
     validation = read_examples(*read, config.validation_split) if config.validation_split else []
     own = {"data": config.data, "languages": config.languages, "split": config.test_split}
     tests = {
@@ -133,11 +138,12 @@ def read_data(config: StudyConfig) -> Data:
 
 def _pairs(source: str, language: str, place: str | dict) -> list[Pair]:
     if isinstance(place, str):
-        return read_pairs(place)
+        return read_pairs(place, third_column="ignore")
     # PAWS-X's first sentences: its ids tell which is the translation of which.
     first, other = (read_examples("pawsx", place["pawsx"], each, place["split"]) for each in (source, language))
     english = {example.id: example.sentence1 for example in first}
     pairs = [Pair(english[example.id], example.sentence1) for example in other if example.id in english]
+    tell_left_out(place["pawsx"], len(other) - len(pairs), len(other), f"pairs of {language!r}, not in {source!r},")
     if len(pairs) < len(other) // 2:
         raise ValueError(f"parallel of {language} must have the ids of {source}: {len(pairs)} of {len(other)} do")
     return pairs
@@ -152,9 +158,11 @@ def _tests(task: str, limit: int | None, data: str, languages: Sequence[str], sp
 
 
 def plan(config: StudyConfig, data: Data) -> list[Planned]:
-    """All runs, those with few examples first. A number of examples that is not there is left out."""
+    """All runs, those with few examples first. A number of examples that is not there is left out, and told."""
     there = _there(config, data)
     counts = sorted({there if count == "all" else count for count in config.examples})
+    beyond = [count for count in counts if count > there]
+    tell_left_out(f"examples {beyond}, of which there are {there}", len(beyond), len(counts), "numbers")
     runs = itertools.product(config.variants, [n for n in counts if n <= there], config.seeds, config.methods)
     return [Planned(variant, count, method, seed) for variant, count, seed, method in runs]
 

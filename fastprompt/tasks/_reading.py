@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def load_rows(dataset_name: str | Path, config: str, split: str, columns: Sequen
     if missing:
         raise ValueError(f"{where}: no column {', '.join(missing)}, only {', '.join(rows.column_names)}")
     return rows.select_columns(list(columns))
+
+
+def tell_left_out(where: str | Path, count: int, total: int, what: str) -> None:
+    """Say how much of what was read is not used."""
+    if count:
+        logging.getLogger("fastprompt").warning("%s: %d of %d %s are left out", where, count, total, what)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

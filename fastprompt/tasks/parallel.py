@@ -9,7 +9,11 @@ from typing import NamedTuple
 
 from fastprompt._extras import require
 
-from ._reading import read_lines, shorten
+from ._reading import read_lines, shorten, tell_left_out
+
+THIRD_COLUMNS = ("label", "ignore")
+_NUMBER = re.compile(r"[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?%?")
+_ID = re.compile(r"(?=.*\d)[\w.:#/-]+")
 
 
 class Pair(NamedTuple):
@@ -20,16 +24,20 @@ class Pair(NamedTuple):
     label: str | None = None
 
 
-def read_pairs(path: str | Path, target_path: str | Path | None = None) -> list[Pair]:
+def read_pairs(
+    path: str | Path, target_path: str | Path | None = None, *, third_column: str | None = None
+) -> list[Pair]:
     """Read parallel sentences, in file order, surrounding white space removed.
 
     Args:
         path: one of
             a gettext catalogue `.po`: the entries that are translated (not with mere white space), neither fuzzy nor
             obsolete, of plural entries the form for one; msgid is the English side;
-            any other name, alone: English, tab, translation, and in every row or in none a tab and a label;
+            any other name, alone: English, tab, translation, and in every row or in none a tab and a third column;
             any other name, with `target_path`: English, one sentence a line.
         target_path: the translations, line by line those of `path`.
+        third_column: what it is, where there is one: a "label", or something to "ignore", such as a licence.
+            None: there is none.
 
     Text is UTF-8 (a byte order mark is passed over), of a catalogue whatever its header declares; lines end with LF or
     CRLF. Of files other than catalogues nothing is left out: a row that cannot be used is an error.
@@ -37,17 +45,21 @@ def read_pairs(path: str | Path, target_path: str | Path | None = None) -> list[
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: naming file and line: bytes that are not UTF-8, a row without a tab or with more than two, a side or
-            label that is empty, labels in some rows only, files of different length, or no pairs at all.
+            label that is empty, a third column in some rows only or not asked for, numbers or ids instead of English in
+            all rows, files of different length, or no pairs at all.
     """
     path = Path(path)
+    if third_column not in (None, *THIRD_COLUMNS):
+        raise ValueError(f"third_column must be one of {THIRD_COLUMNS}, got {third_column!r}")
     if target_path is not None:
         pairs = _read_aligned(path, Path(target_path))
     elif path.suffix == ".po":
         pairs = read_catalogue(path)
     else:
-        pairs = _read_table(path)
+        pairs = _read_table(path, third_column)
     if not pairs:
         raise ValueError(f"{path}: no pairs in it, expected at least one")
+    _check_english(path, pairs)
     return pairs
 
 
@@ -62,7 +74,7 @@ def read_catalogue(path: str | Path) -> list[Pair]:
     except (OSError, UnicodeDecodeError) as error:  # polib reports a syntax error as OSError
         raise ValueError(f"{path}: not a readable gettext catalogue: {error}") from error
     one = _form_for_one(path, catalogue.metadata.get("Plural-Forms", ""))
-    pairs = []
+    pairs, entries = [], [entry for entry in catalogue if not entry.obsolete]
     for entry in catalogue.translated_entries():  # without the header, obsolete and fuzzy entries
         target = entry.msgstr
         if entry.msgid_plural:
@@ -71,6 +83,7 @@ def read_catalogue(path: str | Path) -> list[Pair]:
             target = entry.msgstr_plural[one]
         if target.strip():  # real catalogues hold a blank where a translator had nothing to say
             pairs.append(_pair(f"{path}, line {entry.linenum}", entry.msgid, target))
+    tell_left_out(path, len(entries) - len(pairs), len(entries), "entries, not translated or fuzzy,")
     return pairs
 
 
@@ -89,22 +102,43 @@ def split_pairs(pairs: Sequence[Pair], test: int, train: int, seed: int) -> tupl
     return shuffled[:test], shuffled[test : test + train]
 
 
-def _read_table(path: Path) -> list[Pair]:
+def _check_english(path: Path, pairs: Sequence[Pair]) -> None:
+    """Scores and ids stand in the first column of some corpora, and would pass for English."""
+    sources = [pair.source for pair in pairs]
+    numbers = all(_NUMBER.fullmatch(source) for source in sources)
+    single = all(_ID.fullmatch(source) for source in sources) and len(set(sources)) == len(sources) > 1
+    if numbers or (single and any(len(pair.target.split()) > 1 for pair in pairs)):
+        raise ValueError(
+            f"{path}: the English side is {'a number' if numbers else 'an id'} in every row, such as "
+            f"{shorten(sources[0])}; expected English, tab, translation: put the columns in order, as with cut -f2,3"
+        )
+
+
+def _read_table(path: Path, third_column: str | None) -> list[Pair]:
     pairs: list[Pair] = []
+    columns = None  # of the first row
     for number, line in enumerate(read_lines(path), 1):
         where = f"{path}, line {number}"
         cells = line.split("\t")
         if not 2 <= len(cells) <= 3:
             raise ValueError(
                 f"{where}: {len(cells) - 1 or 'no'} tab{'s' if len(cells) > 2 else ''} in {shorten(line)}, "
-                "expected English, tab, translation and optionally a tab and a label"
+                "expected English, tab, translation and optionally a tab and a third column"
             )
-        if pairs and (pairs[0].label is None) != (len(cells) == 2):
+        columns = columns or len(cells)
+        if columns != len(cells):
             raise ValueError(
-                f"{where}: {'no label' if len(cells) == 2 else 'a label'}, "
-                f"but line 1 has {'none' if pairs[0].label is None else 'one'}; expected one in every row or in none"
+                f"{where}: {'no' if len(cells) == 2 else 'a'} third column, "
+                f"but line 1 has {'none' if columns == 2 else 'one'}; expected one in every row or in none"
             )
-        pairs.append(_pair(where, *cells))
+        if columns == 3 and third_column is None:
+            raise ValueError(
+                f"{where}: a third column, {shorten(cells[2])}, and nothing says what it is: --third-column label "
+                "(or third_column: of read_pairs and in YAML) takes it for the pair's label, ignore leaves it out"
+            )
+        pairs.append(_pair(where, *cells[: 3 if third_column == "label" else 2]))
+    if columns == 2 and third_column == "label":
+        raise ValueError(f"{path}: third_column must not be 'label', as there is none")
     return pairs
 
 

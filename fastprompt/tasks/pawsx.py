@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ._reading import check_choice, find_file, load_rows, read_lines, shorten
+from ._reading import check_choice, find_file, load_rows, read_lines, shorten, tell_left_out
 
 LANGUAGES = ("en", "fr", "es", "de", "zh", "ja", "ko")
 
@@ -50,7 +50,7 @@ def read(data: str | Path, language: str, split: str, rows: slice | None = None)
         _example(f"{where}, row {number}", [str(row[column]) for column in _COLUMNS])
         for number, row in enumerate(load_rows(data, language, _HUB_SPLITS[split], _COLUMNS))
     ]
-    return _translated(examples, rows)
+    return _translated(where, examples, rows)
 
 
 def read_file(path: str | Path, rows: slice | None = None) -> list[Example]:
@@ -84,7 +84,7 @@ def read_file(path: str | Path, rows: slice | None = None) -> list[Example]:
         examples.append(_example(where, cells))
     if not examples:
         raise ValueError(f"{path}: no rows in it, expected at least one")
-    return _translated(examples, rows)
+    return _translated(path, examples, rows)
 
 
 def _example(where: str, cells: list[str]) -> Example:
@@ -94,9 +94,11 @@ def _example(where: str, cells: list[str]) -> Example:
     return Example(id, sentence1, sentence2, int(label))
 
 
-def _translated(examples: list[Example], rows: slice | None) -> list[Example]:
+def _translated(where: str | Path, examples: list[Example], rows: slice | None) -> list[Example]:
     chosen = examples if rows is None else examples[rows]
-    return [example for example in chosen if not {example.sentence1, example.sentence2} & {"", "NS"}]
+    kept = [example for example in chosen if not {example.sentence1, example.sentence2} & {"", "NS"}]
+    tell_left_out(where, len(chosen) - len(kept), len(chosen), "pairs, with NS or without a text,")
+    return kept
 
 
 def _unquote(cell: str) -> str:

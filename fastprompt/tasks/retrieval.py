@@ -1,10 +1,25 @@
 """Sentence retrieval: does a translation find its own English sentence?"""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 1024  # queries at a time: the (N, N) scores of a large test set need not exist at once
+
+
+def sentence_groups(sentences: Sequence[Sequence[int]]) -> Tensor:
+    """(N,) int64: which sentences of token ids are the same. Others of the same tokens would have the same vectors:
+    texts need not be equal, as "..." and "…" are for many a tokenizer.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    return torch.tensor([numbers.setdefault(tuple(map(int, tokens)), len(numbers)) for tokens in sentences])
+
+
+def firsts(groups: Sequence[int]) -> list[bool]:
+    """Of a batch's groups: whether each is the first of its own. Of one group all but one would be its rivals."""
+    return [group not in groups[:n] for n, group in enumerate(groups)]
 
 
 def retrieval_scores(queries: Tensor, targets: Tensor, groups: Tensor | None = None) -> dict[str, float]:

@@ -19,6 +19,7 @@ class Window(NamedTuple):
         first: row of the piece's first token; those before it, and the special token at the end, hold no answer.
         spans: characters [begin, end) of the context that each token of the piece stands for.
         answer: rows of the first and the last token of the answer; None where the piece does not hold it whole.
+        cut: whether the question was.
     """
 
     question: int
@@ -26,6 +27,7 @@ class Window(NamedTuple):
     first: int
     spans: list[tuple[int, int]]
     answer: tuple[int, int] | None
+    cut: bool = False
 
 
 def windows(
@@ -48,7 +50,7 @@ def windows(
     if not questions:
         return []
     room = max_length // 2
-    texts = [prefix_text + question.question for question in questions]
+    texts = whole = [prefix_text + question.question for question in questions]
     asked = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     texts = [
         text[: spans[room - 1][1]] if len(spans) > room else text for text, spans in zip(texts, asked, strict=True)
@@ -78,7 +80,8 @@ def windows(
         answer = _rows(questions[index], spans)
         first = piece[0] if piece else len(sides)
         answer = None if answer is None else (first + answer[0], first + answer[1])
-        found.append(Window(index, cut["input_ids"][row], first, spans, answer))
+        shortened = texts[index] != whole[index]
+        found.append(Window(index, cut["input_ids"][row], first, spans, answer, shortened))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,30 +32,79 @@ def load_backbone(
         causal_head: a causal language model comes with its head.
 
     Raises:
-        ValueError: it cannot be loaded, or has no tokenizer.
+        ValueError: it cannot be loaded, lacks weights or has some that have no place, or has no tokenizer.
     """
     transformers = require("transformers", "train")
+    from safetensors import SafetensorError
+
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         # The pooler of an encoder reads one row and is often not in the weights: no vector here comes from it.
         options = {"add_pooling_layer": False} if config.model_type in ENCODERS else {}
         causal = causal_head and config.model_type in DECODERS
         kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        model = kind.from_pretrained(name, dtype=torch.float32, **options)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that is wrong is told below
+        model, found = kind.from_pretrained(name, dtype=torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone {name!r} must be a model's folder or its name on the hub: {error}") from error
+    except (RuntimeError, SafetensorError) as error:  # such as a file that is cut short
+        raise ValueError(f"backbone {name!r} is damaged: {' '.join(str(error).split())}") from error
+    _check_found(name, model, found)
     return model.eval().to(device), tokenizer
+
+
+def _check_found(name: str, model: nn.Module, found: dict) -> None:
+    """A weight that is not there would be random numbers, and one without a place would not be read.
+
+    What a head reads, and lies outside the base model, is not missed there.
+    """
+    unlike = [f"{key} is {tuple(got)}, not {tuple(want)}" for key, got, want in sorted(found["mismatched_keys"])]
+    missing = sorted(set(found["missing_keys"]) - {key for key, *_ in found["mismatched_keys"]})
+    inside = {part for part, _ in model.base_model.named_children()}
+    unexpected = sorted(
+        key
+        for key in found["unexpected_keys"]
+        if key.removeprefix(model.base_model_prefix + ".").split(".")[0] in inside
+        and not key.endswith(("position_ids", "token_type_ids", "inv_freq"))
+    )
+    for what, keys in (
+        ("has weights of another shape than its configuration", unlike),
+        ("lacks weights of its configuration", missing),
+        ("has weights without a place", unexpected),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"backbone {name!r} {what}: {', '.join(keys[:3])}{more}")
 
 
 def tokenize(tokenizer: Callable, sentences: Sequence[str], prefix_text: str, max_length: int) -> list[list[int]]:
     """Token ids of each sentence with the prefix text before it, cut to `max_length`."""
     texts = [prefix_text + sentence for sentence in sentences]
-    ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length)
+    ids, cut = encoded["input_ids"], sum(was_cut(encoded, n) for n in range(len(texts)))
+    if cut:
+        text = "%d of %d sentences have more than max_length %d tokens, and are cut"
+        logging.getLogger("fastprompt").warning(text, cut, len(texts), max_length)
     for sentence, tokens in zip(sentences, ids, strict=True):
         if not tokens:
             raise ValueError(f"sentence must have at least one token, got none for {sentence!r}")
     return ids
+
+
+def was_cut(encoded, n: int) -> bool:
+    """Whether input n of what a tokenizer gave was cut to max_length; tokenizers that are not fast do not tell."""
+    return bool(getattr(encoded, "encodings", None) and encoded.encodings[n].overflowing)
+
+
+def without_end(tokenizer: Callable, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text with the special tokens before it and none after it, for an answer to follow."""
+    encoded = tokenizer(list(texts), return_special_tokens_mask=True)
+    found = []
+    for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        after = next((n for n, each in enumerate(reversed(special)) if not each), 0)
+        found.append(list(ids[: len(ids) - after]))
+    return found
 
 
 def batch_of(sentences: Sequence[list[int]], device: str | torch.device) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastprompt.tasks.parallel import Pair
-from fastprompt.tasks.retrieval import retrieval_scores
+from fastprompt.tasks.retrieval import retrieval_scores, sentence_groups
 
 from .config import TrainingConfig
 from .encoding import encode_all, plain, tokenize
@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         backbone, tokenizer: as for `train`.
-        pairs: parallel sentences. Equal English sentences are no rivals of each other.
+        pairs: parallel sentences. English sentences of the same tokens are no rivals of each other.
         adapter: a run's folder, or an adapter that PEFT wrote (then without projection).
         prefix_text, pooling: instead of the run's ("" and "mean" for PEFT's).
 
@@ -57,8 +57,7 @@ def evaluate(
         tokenize(tokenizer, [getattr(pair, side) for pair in pairs], config.prefix_text, config.max_length)
         for side in ("source", "target")
     )
-    number = {sentence: n for n, sentence in enumerate(dict.fromkeys(pair.source for pair in pairs))}
-    groups = torch.tensor([number[pair.source] for pair in pairs])
+    groups = sentence_groups(source)
     teacher = plain(backbone)
     english, before = (encode_all(teacher, sentences, config.pooling, device) for sentences in (source, target))
     after, logits = learner.vectors(target)

@@ -11,7 +11,7 @@ from fastprompt.ops import linear_cross_entropy
 from fastprompt.tasks.metrics import answer_scores
 from fastprompt.tasks.squad import Question
 
-from .encoding import batch_of
+from .encoding import batch_of, without_end
 from .tasks import Item, Task
 
 
@@ -42,25 +42,25 @@ class GeneratedAnswers(Task):
 
     def encode(self, examples: Sequence[Question]) -> list[Item]:
         items = []
-        for question in examples:
+        for n, question in enumerate(examples):
             for answer in question.exact_answers[:1]:
-                end = self._ids(f" {answer.text}\n", special=False)
+                end = self._ids(f" {answer.text}\n")
                 if self.tokenizer.eos_token_id is not None:
                     end.append(self.tokenizer.eos_token_id)
-                ids = [*self._asked(question, len(end)), *end]
-                items.append(Item(ids, len(ids), len(end)))
+                asked, cut = self._asked(question, len(end))
+                ids = [*asked, *end]
+                items.append(Item(ids, len(ids), len(end), n, cut))
         return items
 
-    def _asked(self, question: Question, room: int) -> list[int]:
-        """Token ids of context and question that leave `room` for the answer."""
-        asked = self._ids(f"\nQuestion: {question.question}\nAnswer:", special=False)
-        context = self._ids(question.context, special=True)
-        if context and context[-1] == self.tokenizer.eos_token_id:
-            context.pop()
-        return [*context[: max(1, self.max_length - room - len(asked))], *asked]
+    def _asked(self, question: Question, room: int) -> tuple[list[int], bool]:
+        """Token ids of context and question that leave `room` for the answer, and whether the context is cut."""
+        asked = self._ids(f"\nQuestion: {question.question}\nAnswer:")
+        (context,) = without_end(self.tokenizer, [question.context])
+        left = max(1, self.max_length - room - len(asked))
+        return [*context[:left], *asked], len(context) > left
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
         states, targets = [], []
@@ -75,10 +75,10 @@ class GeneratedAnswers(Task):
 
     @torch.no_grad()
     def predict(self, model: AdaptedBackbone, examples: Sequence[Question], batch_size: int = 8) -> dict[str, str]:
-        prompts = [self._asked(question, self.max_new_tokens) for question in examples]
+        prompts = [self._asked(question, self.max_new_tokens)[0] for question in examples]
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
         # The line's end by its tokens: transformers' stop_strings does not know every kind of tokenizer.
-        lines = [self._ids("\n" * n, special=False) for n in (1, 2)]
+        lines = [self._ids("\n" * n) for n in (1, 2)]
         ends = [ids[0] for ids in (*lines, [self.tokenizer.eos_token_id]) if len(ids) == 1 and ids[0] is not None]
         # Every question has an answer: what is most likely to be a line's end at once is not to end it.
         options = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": 1, "do_sample": False}

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastprompt.models import PromptModel
 from fastprompt.tasks.parallel import Pair
+from fastprompt.tasks.retrieval import firsts, sentence_groups
 
 from .config import TrainingConfig
 from .encoding import Digest, lower_states, teacher_vectors, tokenize
@@ -38,8 +39,10 @@ def train(
 
     The student is the prompted backbone on the target sentence, the teacher the same backbone without prompt on the
     English one, computed once. The loss is the alignment loss and, where the pairs have labels, the cross-entropy of a
-    linear head on the student's vector. After each epoch, and on the first Ctrl-C or SIGTERM (after the step it is at),
-    `out` holds what was learned and what `resume` goes on from, to the same result as without a pause.
+    linear head on the student's vector. Where it has "infonce", an English sentence (of the same tokens) that a batch
+    has twice is not aligned the second time: it would be its own rival. After each epoch, and on the first Ctrl-C or
+    SIGTERM (after the step it is at), `out` holds what was learned and what `resume` goes on from, to the same result
+    as without a pause.
 
     Args:
         backbone: a base model of a supported family; it is frozen, in place.
@@ -83,6 +86,7 @@ def train(
     states = None
     if config.cache_layers and learner.prompted.first_layer:
         states = lower_states(digest, learner.prompted, target, device, cache)
+    groups = sentence_groups(source).tolist() if "infonce" in config.distance else None
     classes = torch.tensor([labels.index(pair.label) for pair in pairs], device=device) if labels else None
     trained = learner.trained()
     projection = list(learner.alignment.parameters())
@@ -115,6 +119,7 @@ def train(
                 teacher[batch],
                 None if classes is None else classes[batch],
                 None if states is None else torch.cat([states[n] for n in batch]).to(device),
+                None if groups is None else _once([groups[n] for n in batch], device),
             )
             loss = sum(parts.values())
             optimizer.zero_grad()
@@ -161,6 +166,12 @@ def _steps(config: TrainingConfig, prompted: PromptModel, lengths: list[int]) ->
             batches = sampler
         steps += [(epoch, batch) for batch in batches]
     return steps
+
+
+def _once(groups: list[int], device: torch.device) -> torch.Tensor | None:
+    """Weights of a batch's pairs: 0 for those after the first of a group; None where there are none."""
+    first = firsts(groups)
+    return None if all(first) else torch.tensor(first, dtype=torch.float32, device=device)
 
 
 def _check_length(config: TrainingConfig, prompted: PromptModel) -> None:

@@ -30,6 +30,7 @@ class Run:
         content: digests of the backbone and of the sentences, which a resumed run must find unchanged.
         labels: the classes of the pairs.
         resume: go on with what the folder holds.
+        counts: of what was given and what is used, for the record.
 
     Raises:
         FileExistsError: the folder holds a run and `resume` was not asked for.
@@ -45,10 +46,12 @@ class Run:
         content: dict[str, str],
         labels: list[str],
         resume: bool,
+        counts: dict[str, int] | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self.counts = folder, counts or {}
         self.records: list[dict] = []
         about = {"config": _plain(dataclasses.asdict(config)), "content": content, "labels": labels}
+        about |= {"counts": self.counts} if self.counts else {}
         defaults = _plain(dataclasses.asdict(type(config)()))  # for settings that an older run did not know
         state = folder / STATE
         if not resume:
@@ -99,7 +102,7 @@ class Run:
             "loss": self.records[-1]["loss"],
             "seconds_per_step": seconds_per_step([record["seconds"] for record in self.records]),
             "peak_memory_mb": peak_memory_mb(),
-        }
+        } | ({"counts": self.counts} if self.counts else {})
         write_text(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return summary
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import random
 import time
@@ -14,6 +15,7 @@ from torch import nn
 
 from fastprompt.models.adapted import keep_layers
 from fastprompt.tasks.parallel import Pair
+from fastprompt.tasks.retrieval import firsts, sentence_groups
 
 from .encoding import Digest, first_row, teacher_vectors, tokenize
 from .loop import stop_on_signal
@@ -21,7 +23,7 @@ from .run import Run
 from .sampler import shuffled
 from .task_config import RETRIEVAL, TaskConfig
 from .task_learner import TaskLearner
-from .tasks import Aligned, Item
+from .tasks import Aligned, Item, Task
 
 
 def train_task(
@@ -77,20 +79,23 @@ def train_task(
     base = backbone.base_model
     if config.num_layers is not None:
         keep_layers(base, config.num_layers)
-    examples = draw(examples, config.examples, config.seed)
+    given, drawn = len(examples), draw(examples, config.examples, config.seed)
     if retrieval:
-        pairs = examples
+        pairs = drawn
     source, target = (
         tokenize(tokenizer, [getattr(pair, side) for pair in pairs], config.prefix_text, config.max_length)
         if pairs
         else []
         for side in ("source", "target")
     )
+    groups = sentence_groups(source).tolist()
     digest, device = Digest(base), next(base.parameters()).device
     learner = TaskLearner(backbone, tokenizer, config)
-    items = learner.task.encode(examples)
-    if not items and not retrieval:
-        raise ValueError(f"examples must have answers that stand in their contexts, got none in {len(examples)}")
+    examples, items = (drawn, []) if retrieval else usable(learner.task, examples, config.examples, config.seed)
+    counts = {"given": given, "drawn": len(examples), "pairs": len(pairs)}
+    if not retrieval:
+        cut = len({item.example for item in items if item.cut})
+        counts |= {"inputs": len(items), "cut": cut}
     trained = learner.trained()
     optimizer = torch.optim.AdamW(learner.groups(), weight_decay=0.0)
     run, state = None, None
@@ -98,7 +103,7 @@ def train_task(
         text = json.dumps([examples, validation, source, target])
         read = [item.ids for item in items] + source + target
         content = {"data": hashlib.sha256(text.encode()).hexdigest(), "backbone": digest(read)}
-        run = Run(Path(out), config, content, [], resume)
+        run = Run(Path(out), config, content, [], resume, counts)
         state = run.state
     # What is adapted is, until it trains, the backbone as it came.
     teacher, layer = None, config.alignment_layer
@@ -133,7 +138,8 @@ def train_task(
             fitting = step >= config.alignment_first
             labelled = _batch(config.seed, "task", step - config.alignment_first, config.batch_size, len(items))
             chosen = _batch(config.seed, "alignment", step, config.alignment_batch_size, len(pairs))
-            chosen = list(dict.fromkeys(chosen))  # a pair that is there twice would be its own rival
+            # A pair that is there twice would be its own rival, and so would an English sentence.
+            chosen = [n for n, first in zip(chosen, firsts([groups[n] for n in chosen]), strict=True) if first]
             weight = _weight(step - config.alignment_first, config)
             if config.alignment_form == "task":
                 aligned = learner.task.align(pairs, chosen, random.Random(f"{config.seed} {step}"))
@@ -183,6 +189,35 @@ def draw(examples: Sequence, count: int | None, seed: int) -> list:
     shuffled_examples = list(examples)
     random.Random(f"{seed} examples").shuffle(shuffled_examples)
     return shuffled_examples[:count]
+
+
+def usable(task: Task, examples: Sequence, count: int | None, seed: int) -> tuple[list, list[Item]]:
+    """As many of the examples as wanted, drawn as by `draw` and without those that training can make nothing of; and
+    the inputs made of them. How many were passed over is told.
+
+    Raises:
+        ValueError: too few can be used, or less than half of those looked at.
+    """
+    order = draw(examples, None if count is None else len(examples), seed)
+    wanted, looked, chosen, items = len(order) if count is None else count, 0, [], []
+    while len(chosen) < wanted and looked < len(order):
+        part = order[looked : looked + wanted - len(chosen)]
+        made = task.encode(part)
+        used = {n: len(chosen) + place for place, n in enumerate(sorted({item.example for item in made}))}
+        items += [item._replace(example=used[item.example]) for item in made]
+        chosen += [part[n] for n in used]
+        looked += len(part)
+    why = "have no answer that stands whole where they say in their context, within max_length"
+    if not chosen:
+        raise ValueError(f"examples must have answers that stand in their contexts, got none in {looked}")
+    passed = looked - len(chosen)
+    if count is not None and len(chosen) < count:
+        raise ValueError(f"examples must be at most {len(chosen)}, got {count}: {passed} of {looked} {why}")
+    if passed > len(chosen):
+        raise ValueError(f"examples must be usable for the greater part, got {passed} of {looked} that {why}")
+    if passed:
+        logging.getLogger("fastprompt").warning("%d of %d examples are left out: they %s", passed, looked, why)
+    return chosen, items
 
 
 def sentence(ids: list[int], pair: int, config: TaskConfig) -> Aligned:

@@ -13,11 +13,11 @@ from fastprompt.nn.pooling import pool
 from fastprompt.tasks.metrics import accuracy, answer_scores
 from fastprompt.tasks.parallel import Pair
 from fastprompt.tasks.pawsx import Example
-from fastprompt.tasks.retrieval import retrieval_scores
+from fastprompt.tasks.retrieval import retrieval_scores, sentence_groups
 from fastprompt.tasks.squad import Question
 from fastprompt.tasks.windows import Window, best_answers, windows
 
-from .encoding import batch_of
+from .encoding import batch_of, was_cut, without_end
 
 SENTENCES = 5  # of a context made for the alignment
 
@@ -29,11 +29,15 @@ class Item(NamedTuple):
         ids: token ids.
         second: row where the second of two texts begins, for backbones that tell them apart.
         target: what a task makes of it.
+        example: which of the examples it was made of.
+        cut: whether something of it did not fit in.
     """
 
     ids: list[int]
     second: int
     target: object
+    example: int = 0
+    cut: bool = False
 
 
 class Aligned(NamedTuple):
@@ -177,7 +181,8 @@ class PairClassification(SentencePairs):
         items = []
         for n, (ids, example) in enumerate(zip(encoded["input_ids"], examples, strict=True)):
             sides = encoded.sequence_ids(n)
-            items.append(Item(ids, sides.index(1) if 1 in sides else len(ids), example.label))
+            second = sides.index(1) if 1 in sides else len(ids)
+            items.append(Item(ids, second, example.label, n, was_cut(encoded, n)))
         return items
 
     def align(self, pairs: Sequence[Pair], chosen: Sequence[int], rng: random.Random) -> list[Aligned]:
@@ -207,19 +212,32 @@ class Verbaliser(SentencePairs):
     def __init__(self, tokenizer: Callable, model: nn.Module, max_length: int) -> None:
         super().__init__()
         self.tokenizer, self.max_length = tokenizer, max_length
-        words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.WORDS]
-        if words[0] == words[1]:
-            raise ValueError(f"tokenizer must tell the words {self.WORDS} apart by their first token, got {words}")
+        words = self._first_tokens()
         self.register_buffer("words", model.get_output_embeddings().weight.detach()[words].clone(), persistent=False)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
 
+    def _first_tokens(self) -> list[int]:
+        """What the question is followed by, where each word is the answer: a word alone may begin with other tokens."""
+        asked = self.TEMPLATE.format("One.", "Two.")
+        before, *answered = without_end(self.tokenizer, [asked, *(asked + word for word in self.WORDS)])
+        after = [ids[len(before) :] for ids in answered]
+        firsts = [ids[0] for ids in after if ids]
+        whole = all(ids[: len(before)] == before for ids in answered)
+        if not whole or len(set(firsts)) < len(self.WORDS):
+            tokens = [self.tokenizer.convert_ids_to_tokens(ids) for ids in after]
+            raise ValueError(
+                f"tokenizer must tell the words {self.WORDS} apart by their first token after {asked[-8:]!r}, "
+                f"got {tokens}"
+            )
+        return firsts
+
     def encode(self, examples: Sequence[Example]) -> list[Item]:
         texts = [self.TEMPLATE.format(example.sentence1, example.sentence2) for example in examples]
-        encoded = self.tokenizer(texts)["input_ids"]
+        encoded = without_end(self.tokenizer, texts)
         for example, ids in zip(examples, encoded, strict=True):
             if len(ids) > self.max_length:  # cut, the question would be gone
                 raise ValueError(f"max_length must hold each input whole: {example.id} has {len(ids)} tokens")
-        return [Item(ids, len(ids), example.label) for ids, example in zip(encoded, examples, strict=True)]
+        return [Item(ids, len(ids), examples[n].label, n) for n, ids in enumerate(encoded)]
 
     def logits(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
         logits = pool(hidden, "last", mask).to(self.words.dtype) @ self.words.T
@@ -259,7 +277,11 @@ class SpanAnswers(Task):
 
     def encode(self, examples: Sequence[Question]) -> list[Item]:
         found = self.windows(examples)
-        return [Item(window.ids, window.first, window) for window in found if window.answer is not None]
+        return [
+            Item(window.ids, window.first, window, window.question, window.cut)
+            for window in found
+            if window.answer is not None
+        ]
 
     def align(self, pairs: Sequence[Pair], chosen: Sequence[int], rng: random.Random) -> list[Aligned]:
         """Contexts of some sentences; one of them, perhaps in the other language, is the question."""
@@ -331,6 +353,5 @@ class Retrieval(Task):
         return dict(zip(map(str, range(len(items))), run_sorted(model, items, read, batch_size, device), strict=True))
 
     def scores(self, examples: Sequence[Pair], predictions: dict[str, Tensor], language: str) -> dict[str, float]:
-        number = {sentence: n for n, sentence in enumerate(dict.fromkeys(pair.source for pair in examples))}
-        groups = torch.tensor([number[pair.source] for pair in examples])
+        groups = sentence_groups(self.tokenize([pair.source for pair in examples]))
         return retrieval_scores(torch.stack(list(predictions.values())), self.english, groups)

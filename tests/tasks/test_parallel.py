@@ -33,13 +33,24 @@ def folder(tmp_path_factory) -> Path:
     st.booleans(),
 )
 def test_table_round_trip(folder, rows, labelled, end, mark, last_end):
+    if all(any(map(str.isdigit, row[0])) for row in rows):  # what may be taken for scores or ids
+        rows = [*rows, ("A sentence", "Brawddeg", "label")]
     expected = [Pair(*row) if labelled else Pair(*row[:2]) for row in rows]
+    third = "label" if labelled else None
     text = end.join("\t".join(cell for cell in pair if cell is not None) for pair in expected) + end * last_end
     path = write(folder / "pairs.tsv", b"\xef\xbb\xbf" * mark + text.encode())
     if text.startswith("\ufeff") and not mark:  # then it is the mark
-        expected[0] = Pair(*read_pairs(path)[0])
+        expected[0] = Pair(*read_pairs(path, third_column=third)[0])
         assert expected[0].target == rows[0][1]
-    assert read_pairs(path) == expected
+    assert read_pairs(path, third_column=third) == expected
+    if labelled:
+        assert read_pairs(path, third_column="ignore") == [pair._replace(label=None) for pair in expected]
+        with pytest.raises(ValueError, match=r"line 1: a third column, .*, and nothing says what it is: --"):
+            read_pairs(path)
+    else:
+        assert read_pairs(path, third_column="ignore") == expected
+        with pytest.raises(ValueError, match="third_column must not be 'label', as there is none"):
+            read_pairs(path, third_column="label")
 
 
 def test_aligned_files(tmp_path):
@@ -58,8 +69,12 @@ def test_aligned_files(tmp_path):
         ("a\tb\n \tb\n", "line 2: the English side is empty"),
         ("a\tb\nc\t\n", "line 2: the translation is empty"),
         ("a\tb\t \n", "line 1: the label is empty"),
-        ("a\tb\nc\td\tyes\n", "line 2: a label, but line 1 has none"),
-        ("a\tb\tyes\nc\td\n", "line 2: no label, but line 1 has one"),
+        ("a\tb\nc\td\tyes\n", "line 2: a third column, but line 1 has none"),
+        ("a\tb\tyes\nc\td\n", "line 2: no third column, but line 1 has one"),
+        ("1.003\ta b\tc d\n1.0e-1\te f\tg h\n", "the English side is a number in every row, such as '1.003'"),
+        ("17\teen zin\tx\n", "the English side is a number in every row, such as '17'"),
+        ("99.5%\teen zin\tx\n", "the English side is a number in every row"),
+        ("en-1\ta b\tc d\nen-2\te f\tg h\n", "the English side is an id in every row, such as 'en-1'"),
         (b"a\tb\nc\td\xff\n", "line 2, byte 4: 0xff is not UTF-8"),
         (b"\xef\xbb\xbfa\tb\xc3\n", "line 1, byte 4: 0xc3 is not UTF-8"),
         ("a\tb\n".encode("utf-16"), "line 1, byte 1: 0xff is not UTF-8"),
@@ -67,7 +82,14 @@ def test_aligned_files(tmp_path):
 )
 def test_table_errors(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        read_pairs(write(tmp_path / "pairs.tsv", content))
+        read_pairs(write(tmp_path / "pairs.tsv", content), third_column="label")
+
+
+def test_numbers_among_sentences(tmp_path):
+    pairs = [Pair("17", "dix-sept"), Pair("One", "un deux"), Pair("F16", "un avion F16")]
+    assert read_pairs(write(tmp_path / "pairs.tsv", "".join(f"{a}\t{b}\n" for a, b, _ in pairs))) == pairs
+    with pytest.raises(ValueError, match="third_column must be one of .* got 'labels'"):
+        read_pairs(tmp_path / "pairs.tsv", third_column="labels")
 
 
 def test_aligned_errors(tmp_path):
@@ -122,9 +144,10 @@ msgstr[2] "llawer"
 """
 
 
-def test_catalogue(tmp_path):
+def test_catalogue(tmp_path, caplog):
     expected = [Pair("Log in", "Mewngofnodi"), Pair("May", "Mai"), Pair("one day", "un diwrnod")]
     assert read_pairs(write(tmp_path / "cy.po", CATALOGUE)) == expected
+    assert "cy.po: 3 of 6 entries, not translated or fuzzy, are left out" in caplog.text
     assert read_catalogue(write(tmp_path / "empty.po", 'msgid ""\nmsgstr ""\n')) == []
 
 

@@ -47,7 +47,7 @@ def test_a_long_context_leaves_room(causal):
     long = ask(2, "w1", " ".join(f"w{n}" for n in range(2, 40)), "w2")
     (item,) = task.encode([long])
     assert len(item.ids) == 12 and item.ids[-2] == tokenizer.convert_tokens_to_ids("w2")
-    assert item.ids[-item.target - 4 : -item.target] == task._ids("\nQuestion: w1\nAnswer:", special=False)[-4:]
+    assert item.ids[-item.target - 4 : -item.target] == task._ids("\nQuestion: w1\nAnswer:")[-4:]
 
 
 @pytest.mark.parametrize("method", ["prefix", "lora"])

@@ -289,7 +289,7 @@ def test_verbaliser_reads_the_model_s_own_logits(learner, folders):
 
 def test_verbaliser_needs_two_words(folders):
     model, tokenizer = load_backbone(folders("llama"), causal_head=True)
-    with pytest.raises(ValueError, match=r"tokenizer must tell the words \(' No', ' Yes'\) apart .* got \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"tokenizer must tell the words \(' No', ' Yes'\) apart .*'<unk>'"):
         TaskLearner(model, tokenizer, TaskConfig(**SMALL))
 
 
@@ -360,10 +360,10 @@ def test_settings_that_do_not_fit(learner, family, settings, message):
         ({"task": "squad"}, r"task must be one of \('xquad', 'mlqa', 'pawsx', 'retrieval'\), got 'squad'"),
         ({"method": "peft"}, "method must be one of .* got 'peft'"),
         ({"steps": 0}, "steps must be an integer, 1 or more, got 0"),
-        ({"batch_size": True}, "batch_size must be an integer, 1 or more, got True"),
+        ({"batch_size": True}, "batch_size must be an integer, got True"),
         ({"examples": 0}, "examples must be an integer, 1 or more, got 0"),
-        ({"lr": "1e-2"}, "lr must be a finite number, 0 or more, got '1e-2'"),
-        ({"temperature": "5e-2"}, "temperature must be a finite number, 0 or more, got '5e-2'"),
+        ({"lr": "1e-2"}, "lr must be a number, got '1e-2'"),
+        ({"temperature": "5e-2"}, "temperature must be a number, got '5e-2'"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         (
             {"method": "lora", "adapter_size": 4},
@@ -397,3 +397,30 @@ def test_a_prompt_begins_as_a_text(learner):
     assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
     with pytest.raises(ValueError, match="init_text must have at least one token, got none in ' '"):
         learner(method="prefix", init_text=" ")
+
+
+def of_words(words, merges=None, ended=False):
+    """A tokenizer by byte pairs whose words begin with a mark, as sentencepiece's do."""
+    from tokenizers import Tokenizer, models, normalizers, processors
+
+    made = Tokenizer(models.BPE({w: n for n, w in enumerate(words)}, merges or [], unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if ended:
+        ids = [("</s>", words.index("</s>"))]
+        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=ids)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+def test_words_that_begin_alike_alone_and_apart_where_they_are_asked_for():
+    """And a special token that a tokenizer puts at the end is not what the answer follows."""
+    words = ["<unk>", "</s>", "▁", "N", "o", "Y", "▁N", "▁No", "▁Y", "D", ":"]
+    merges = [("▁", "N"), ("▁N", "o"), ("▁", "Y")]
+    model = build("llama", "AutoModelForCausalLM", torch.float32)
+    for ended in (False, True):
+        made = Verbaliser(of_words(words, merges, ended), model, 200)
+        table = model.get_output_embeddings().weight
+        assert torch.equal(made.words, table[[words.index("▁No"), words.index("▁Y")]])
+        (item,) = made.encode(paraphrases(1))
+        assert item.ids[-1] == words.index(":")
+    with pytest.raises(ValueError, match=r"words \(' No', ' Yes'\) apart .* got \[\['▁', .*\], \['▁', .*\]\]"):
+        Verbaliser(of_words(words), model, 200)  # both begin with the mark

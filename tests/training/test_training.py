@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 
 import peft
 import pytest
 import torch
 from helpers import CONFIGS, WORDS, save_backbone
+from safetensors.torch import load_file, save_file
 
 from fastprompt.models import PromptModel
 from fastprompt.tasks.parallel import Pair
@@ -276,7 +278,7 @@ def test_evaluate_takes_what_peft_wrote(folder, tmp_path):
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"pooling": "max"}, "pooling must be one of .* got 'max'"),
         ({"epochs": 0}, "epochs must be a positive integer, got 0"),
-        ({"batch_size": 1.5}, "batch_size must be a positive integer, got 1.5"),
+        ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
         ({"max_tokens": 0}, "max_tokens must be a positive integer, got 0"),
         ({"max_tokens": 10}, "max_tokens must have room for the longest sentence, 11 tokens and 0 prompt rows, got 10"),
         ({"lr": -1.0}, "lr must be a finite number, 0 or more, got -1.0"),
@@ -290,3 +292,65 @@ def test_bad_settings(folder, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists(), "an error came after work had begun"
+
+
+def test_sentences_are_told_by_their_tokens(folder, tmp_path):
+    """ "w1  w2" is "w1 w2" for the tokenizer: neither a wrong answer to the other, nor its rival in training."""
+    pairs = make_pairs(9)
+    again = [Pair(pair.source.replace(" ", "  "), pair.target) for pair in pairs]
+    settings = dict(batch_size=18, epochs=2)
+    one = run(folder, tmp_path / "one", pairs, **settings)
+    both = run(folder, tmp_path / "both", pairs + again, **settings)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+              for name in ("one", "both")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(one.prompted.prompt.weight, both.prompted.prompt.weight, rtol=1e-3, atol=1e-4)
+    loaded = encoding.load_backbone(str(folder))
+    scores = [evaluate(*loaded, each, tmp_path / "one") for each in (pairs, pairs + again)]
+    for name in ("without", "with"):
+        assert scores[0][name]["r@1"] == scores[1][name]["r@1"]
+
+
+BIAS = "encoder.layer.1.output.dense.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.pop("encoder.layer.1.output.dense.weight"),
+            "lacks weights .*: encoder.layer.1.output.dense",
+        ),
+        (lambda w: w.update({"encoder.layer.7.extra": torch.ones(1)}), "without a place: encoder.layer.7.extra$"),
+        (
+            lambda w: w.update({"encoder.layer.1.output.dense.bias": torch.ones(3)}),
+            r"another shape .*dense.bias is \(3,\), not \(48,\)$",
+        ),
+        (lambda w: w.update({"cls.predictions.bias": torch.ones(3), "embeddings.position_ids": torch.ones(1)}), None),
+    ],
+)
+def test_a_backbone_must_be_whole(folder, tmp_path, change, message):
+    """What a head left behind is not asked for."""
+    shutil.copytree(folder, tmp_path / "backbone")
+    file = tmp_path / "backbone" / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+    if message is None:
+        return encoding.load_backbone(str(tmp_path / "backbone"))
+    with pytest.raises(ValueError, match=f"backbone '.*backbone' .*{message}"):
+        encoding.load_backbone(str(tmp_path / "backbone"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_causal_backbone_must_have_its_head(tmp_path, tied):
+    folder = save_backbone("llama", tmp_path, "AutoModelForCausalLM", tie_word_embeddings=tied)
+    encoding.load_backbone(str(folder), causal_head=True)
+    weights = load_file(folder / "model.safetensors")
+    if weights.pop("lm_head.weight", None) is not None:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match="lacks weights of its configuration: lm_head.weight"):
+            encoding.load_backbone(str(folder), causal_head=True)
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="is damaged: "):
+        encoding.load_backbone(str(folder))
