@@ -161,8 +161,8 @@ def _read_state(file: Path) -> dict:
             raise ValueError(f"{file} is damaged: its checksum is {expected.decode('latin-1')!r}, not {found!r}")
     try:
         return torch.load(file, weights_only=True)
-    except Exception as error:  # of a file that is none of its own, torch raises whatever comes
-        raise ValueError(f"{file} is damaged, or no state of a run: {str(error).partition(chr(10))[0]}") from error
+    except Exception as error:  # of a file that is none of its own, torch raises whatever comes, and gives advice
+        raise ValueError(f"{file} is damaged, or no state of a run ({type(error).__name__})") from error
 
 
 def _sha256(file: Path, without: int = 0) -> str:

@@ -335,3 +335,17 @@ def test_a_run_that_diverges_does_not_end_the_study(configured, tmp_path):
     with pytest.raises(FloatingPointError, match="1 runs are missing.*head with 4 examples and seed 0: the loss is"):
         run_study(config, tmp_path / "out")
     assert [record.method for record in read_results(tmp_path / "out")[1]] == ["prefix"]
+
+
+def test_what_a_study_leaves_out_is_told(files, configured, tmp_path, caplog):
+    """Examples that training can make nothing of, and numbers of examples that are not there."""
+    moved = [each._replace(id=f"m{n}", answers=[each.answers[0]._replace(start=each.answers[0].start + 1)])
+             for n, each in enumerate(questions(3, seed=7))]  # fmt: skip
+    write_questions(tmp_path / "mixed.json", questions(7) + moved)
+    about = dict(task="xquad", languages=["de"], train_split=str(tmp_path / "mixed.json"), validation_split=None)
+    config = configured(**about, examples=[4, 8], methods=["head"], seeds=[0])
+    data = study.read_data(config)
+    assert len(data.train) == 7
+    assert "mixed.json: 3 of 10 examples of 'en', whose answers do not stand where they say, are left" in caplog.text
+    assert [run.examples for run in study.plan(config, data)] == [4]
+    assert "examples [8], of which there are 7: 1 of 2 numbers are left out" in caplog.text

@@ -113,3 +113,13 @@ def test_unknown_names(tmp_path):
         pawsx.read(tmp_path, "cy", "dev")
     with pytest.raises(ValueError, match="split must be one of train, dev, test, got 'validation'"):
         pawsx.read(tmp_path, "en", "validation")
+
+
+def test_what_is_left_out_is_told(tmp_path, caplog):
+    rows = ["NS\tb\t0", "a\t\t1", "a\tb\t1", "c\td\t0"]
+    (tmp_path / "test-de.tsv").write_text("".join(f"{row}\n" for row in rows))
+    assert len(pawsx.read(tmp_path, "de", "test", slice(1, 4))) == 2
+    assert "test-de.tsv: 1 of 3 pairs, with NS or without a text, are left out" in caplog.text
+    caplog.clear()
+    pawsx.read(tmp_path, "de", "test", slice(2, 4))
+    assert not caplog.text

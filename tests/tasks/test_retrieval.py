@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprompt.tasks import retrieval
-from fastprompt.tasks.retrieval import retrieval_scores
+from fastprompt.tasks.retrieval import firsts, retrieval_scores, sentence_groups
 
 
 def looped(queries: list[list[float]], targets: list[list[float]], groups: list[int]) -> dict[str, float]:
@@ -79,3 +79,10 @@ def test_not_finite(bad, which):
 def test_errors(queries, targets, groups, error, message):
     with pytest.raises(error, match=message):
         retrieval_scores(queries, targets, groups)
+
+
+def test_the_same_sentences_are_told_by_their_tokens():
+    sentences = [[5, 6], torch.tensor([7]), [5, 6], torch.tensor([5, 6]), [5]]
+    assert sentence_groups(sentences).tolist() == [0, 1, 0, 0, 2]
+    assert firsts([0, 1, 0, 0, 2]) == [True, True, False, False, True]
+    assert sentence_groups([]).tolist() == [] and firsts([]) == []
