@@ -102,7 +102,7 @@ def bad_inputs(files) -> dict[str, tuple[list, str]]:
         "no such file": (["--parallel", "none.tsv"], r"none\.tsv"),
         "a licence": (
             ["--parallel", "licence.tsv"],
-            r"licence\.tsv, line 1: a third column, 'CC-BY', and ",
+            r"licence\.tsv: a third column, such as 'CC-BY', and",
         ),
         "a score": (
             ["--parallel", "score.tsv", "--third-column", "label"],

@@ -131,12 +131,13 @@ def _read_table(path: Path, third_column: str | None) -> list[Pair]:
                 f"{where}: {'no' if len(cells) == 2 else 'a'} third column, "
                 f"but line 1 has {'none' if columns == 2 else 'one'}; expected one in every row or in none"
             )
-        if columns == 3 and third_column is None:
-            raise ValueError(
-                f"{where}: a third column, {shorten(cells[2])}, and nothing says what it is: --third-column label "
-                "(or third_column: of read_pairs and in YAML) takes it for the pair's label, ignore leaves it out"
-            )
         pairs.append(_pair(where, *cells[: 3 if third_column == "label" else 2]))
+    if columns == 3 and third_column is None:
+        _check_english(path, pairs)
+        raise ValueError(
+            f"{path}: a third column, such as {shorten(cells[2])}, and nothing says what it is: --third-column label "
+            "(or third_column: of read_pairs and in YAML) takes it for the pair's label, ignore leaves it out"
+        )
     if columns == 2 and third_column == "label":
         raise ValueError(f"{path}: third_column must not be 'label', as there is none")
     return pairs

@@ -98,7 +98,8 @@ class Learner(nn.Module):
         if not file.is_file():
             return learner
         tensors, metadata, _ = read_tensors(file)
-        if metadata.get("prompt") != _digest(learner.prompted.prompt.weight):
+        offset = learner.prompted.config.position_offset  # PEFT may have saved the same prompt over it
+        if metadata.get("prompt") != _digest(learner.prompted.prompt.weight) or offset != config.position_offset:
             raise ValueError(
                 f"{file} belongs to another prompt than the one beside it: files of two runs were mixed, PEFT saved "
                 "over this one, or a run was killed while it saved (train --resume writes them again)"

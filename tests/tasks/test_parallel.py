@@ -45,7 +45,7 @@ def test_table_round_trip(folder, rows, labelled, end, mark, last_end):
     assert read_pairs(path, third_column=third) == expected
     if labelled:
         assert read_pairs(path, third_column="ignore") == [pair._replace(label=None) for pair in expected]
-        with pytest.raises(ValueError, match=r"line 1: a third column, .*, and nothing says what it is: --"):
+        with pytest.raises(ValueError, match=r"a third column, such as .*, and nothing says what it is: --"):
             read_pairs(path)
     else:
         assert read_pairs(path, third_column="ignore") == expected
@@ -88,6 +88,9 @@ def test_table_errors(tmp_path, content, message):
 def test_numbers_among_sentences(tmp_path):
     pairs = [Pair("17", "dix-sept"), Pair("One", "un deux"), Pair("F16", "un avion F16")]
     assert read_pairs(write(tmp_path / "pairs.tsv", "".join(f"{a}\t{b}\n" for a, b, _ in pairs))) == pairs
+    scored = write(tmp_path / "scored.tsv", "1.05\ta b\tc d\n")
+    with pytest.raises(ValueError, match="the English side is a number in every row"):
+        read_pairs(scored)
     with pytest.raises(ValueError, match="third_column must be one of .* got 'labels'"):
         read_pairs(tmp_path / "pairs.tsv", third_column="labels")
 

@@ -203,6 +203,15 @@ def test_mixed_files_are_refused(folder, tmp_path):
     evaluate(*loaded, make_pairs(3), tmp_path / "b")
 
 
+def test_peft_saved_the_same_prompt_over_a_run(folder, tmp_path):
+    """As it reads it, at other positions, the projection is not of it."""
+    run(folder, tmp_path / "run", epochs=1, position_offset="none")
+    loaded = encoding.load_backbone(str(folder))
+    peft.PeftModel.from_pretrained(loaded[0], tmp_path / "run").save_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match="alignment.safetensors belongs to another prompt .* PEFT saved over this one"):
+        evaluate(*encoding.load_backbone(str(folder)), make_pairs(3), tmp_path / "run")
+
+
 @pytest.mark.parametrize("at", [3, 6])
 def test_loss_that_is_no_number(folder, tmp_path, monkeypatch, at):
     """It stops before the step that would spoil all; a whole epoch before it is kept."""
