@@ -245,6 +245,8 @@ class PromptModel(nn.Module):
     def load_prompt(self, name: str, directory: str | Path, *, trainable: bool = False) -> None:
         """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head and adapters beside it are not read.
 
+        Other weights beside it, such as rows of added tokens, must be the model's own.
+
         Args:
             name: as in `add_prompt`.
             directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -300,7 +302,8 @@ class PromptModel(nn.Module):
 
         With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains; adapters go
         into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as adapters do in
-        PEFT; each is whole.
+        PEFT; each is whole. What else of the backbone trains, was loaded with a prompt, or was added to it (as by
+        `resize_token_embeddings`) goes into PEFT's file as well.
         """
         directory = Path(directory)
         for name in self.other_prompts:
