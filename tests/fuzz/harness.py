@@ -58,10 +58,9 @@ def compare(
 ) -> None:
     """Hold outputs and gradients of `run` to those of `reference` in float64.
 
-    The error may be LOOSE times what the reference makes in the tensors' own dtype, or what one rounding of the inputs
-    makes of the exact result, whichever is more, and as many roundings of the greatest number of any output or gradient,
-    since what is zero in theory is a difference of such. This looks for what is wrong; the operator's own tests look
-    for digits.
+    The error may be LOOSE times what the reference makes in the tensors' own dtype or what one rounding of the inputs
+    makes of the exact result, and as many roundings of the greatest number of any output or gradient: what is zero in
+    theory is a difference of such. This looks for what is wrong; the operator's own tests look for digits.
 
     Args:
         run, reference: tensors by name -> a tensor or a tuple of them.
