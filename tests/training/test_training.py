@@ -284,7 +284,7 @@ def test_evaluate_takes_what_peft_wrote(folder, tmp_path):
     [
         ({"kind": "lora"}, "kind must be one of"),
         ({"distance": "cosine+l3"}, "distance must be one of .* got 'cosine.l3'"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be at least 1e-06 and finite, got 0.0"),
         ({"pooling": "max"}, "pooling must be one of .* got 'max'"),
         ({"epochs": 0}, "epochs must be a positive integer, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
