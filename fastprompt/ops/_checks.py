@@ -1,5 +1,9 @@
 """Checks that several operators share."""
 
+import sys
+from collections.abc import Callable
+from numbers import Real
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -50,6 +54,14 @@ def check_like(tensors: dict[str, Tensor]) -> None:
             )
 
 
+def check_number(value: float, argument: str, expected: str, fits: Callable[[float], bool] = lambda _: True) -> float:
+    """As a float. Raises a ValueError unless it is a finite number that `fits`, which `expected` puts in words."""
+    limit = sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, Real) or not -limit <= value <= limit or not fits(value):
+        raise ValueError(f"{argument} must be {expected}, got {value!r}")
+    return float(value)
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True) -> int:
     """Check the bounds of packed segments and return their number B.
 
@@ -96,6 +108,24 @@ def check_indices(indices: Tensor, bound: int, argument: str, read_values: bool 
         low, high = (int(value) for value in indices.aminmax())
         if low < 0 or high >= bound:
             raise IndexError(f"{argument} must be in [0, {bound}), got {low if low < 0 else high}")
+
+
+def check_targets(targets: Tensor, classes: int, ignore_index: int, argument: str) -> None:
+    """Check that each target is a class in [0, classes), or ignore_index, which stands for none.
+
+    Where reading them costs a synchronisation, or torch.compile traces, the check is an assert on the device.
+
+    Raises:
+        IndexError: a value that is neither.
+    """
+    if is_fake(targets):
+        return
+    fits = ((targets >= 0) & (targets < classes)) | (targets == ignore_index)
+    expected = f"{argument} must be in [0, {classes}), or {ignore_index} for none"
+    if not _is_readable(targets):
+        torch._assert_async(fits.all(), expected)
+    elif not fits.all():
+        raise IndexError(f"{expected}, got {int(targets[~fits][0])}")
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """rms_norm, rotary and gated: the operators between the products of a decoder's layer."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import LAYOUTS, in_layout
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprompt import _native
 from fastprompt.ops.gated import gated
@@ -92,13 +95,116 @@ def test_gradcheck(name, backend):
     assert torch.autograd.gradcheck(lambda *x: CALLS[name](*x, *frozen, backend=backend), leaves)
 
 
+OPERATORS = {  # as they are registered, with their own autograd
+    "llama norm": lambda x, w: torch.ops.fastprompt.rms_norm(x, w, 1e-6, 0.0),
+    "rotary": lambda *x: torch.ops.fastprompt.rotary(*x, False),
+    "silu": lambda gate, up: torch.ops.fastprompt.gated(gate, up, 0),
+}
+TWICE = [(name, CALLS[name], backend) for name in OPERATORS for backend in ("native", "reference")]
+TWICE += [(name, OPERATORS[name], None) for name in OPERATORS]
+
+
+@native_only
+@pytest.mark.parametrize(("name", "call", "backend"), TWICE)
+def test_second_derivatives_are_right_or_refused(name, call, backend):
+    trains, frozen = arguments(name, 3, 4)
+    leaves, how = [x.detach().requires_grad_() for x in trains], {"backend": backend} if backend else {}
+    if backend == "reference" or name == "rotary":
+        assert torch.autograd.gradgradcheck(lambda *x: call(*x, *frozen, **how), leaves)
+        return
+    out = call(*leaves, *frozen, **how)
+    outer = torch.randn_like(out, requires_grad=True)
+    penalty = sum(x.square().sum() for x in torch.autograd.grad(out, leaves, outer, create_graph=True))
+    refused = pytest.raises(RuntimeError, match="has no second derivative, but for backend 'reference'")
+    for by in (*leaves, outer):
+        for unused in (False, True):
+            with refused:
+                torch.autograd.grad(penalty, by, allow_unused=unused, retain_graph=True)
+    with refused:
+        penalty.backward()
+
+
+EDGES = [0.0, 1e-45, 1e-30, 1.0, 80, 85, 88.5, 90, 95, 1e13, 2e19, 1e30, 3e38, torch.inf]
+
+
+def kind(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), 2, x.isinf().int())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+def test_gated_at_the_edges_of_the_range(name, backend, dtype):
+    """Each element by itself, as plain PyTorch has it: in the same dtype, or in float64."""
+    edges = torch.tensor([*EDGES, *(-x for x in EDGES), torch.nan]).to(dtype)
+    grids = torch.meshgrid(edges, edges, torch.tensor([1, -2e-3, 1e30, 0, torch.inf]).to(dtype), indexing="ij")
+    gate, up, grad = (x.flatten() for x in grids)
+    got, _ = run(CALLS[name], [gate, up], [], [grad], backend=backend)
+    plain, _ = run(lambda *x: oracle(name, *x), [gate, up], [], [grad])
+    exact, _ = run(lambda *x: oracle(name, *x), [gate.double(), up.double()], [], [grad.double()])
+    for ours, theirs, true in zip(got, plain, exact, strict=True):
+        rounded = true.to(dtype)
+        assert ((kind(ours) == kind(theirs)) | (kind(ours) == kind(rounded))).all()
+        finite = ours.isfinite() & rounded.isfinite()
+        error, budget = ((x.double() - true).abs()[finite] for x in (ours, theirs))
+        budget = 2 * budget.nan_to_num(0) + 4 * torch.finfo(dtype).eps * true.abs()[finite]
+        assert (error <= budget + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize("low, high", [(-90, -80), (-88.7, -88), (-12, 12)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gated_where_the_sigmoid_is_almost_nothing(backend, low, high):
+    inputs = [torch.empty(2000).uniform_(low, high), torch.randn(2000)]
+    got, grads = run(CALLS["silu"], inputs, [], backend=backend)
+    plain, _ = run(lambda *x: oracle("silu", *x), inputs, [], grads)
+    exact, _ = run(lambda *x: oracle("silu", *x), [x.double() for x in inputs], [], [x.double() for x in grads])
+    for ours, theirs, true in zip(got, plain, exact, strict=True):
+        error, budget = ((x.double() - true).abs().max() for x in (ours, theirs))
+        assert error <= 2 * budget + torch.finfo(torch.float32).eps * true.abs().max()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rms_norm_of_extreme_rows_is_plain_pytorch_s(backend, dtype, eps):
+    x = torch.tensor([1e-45, 1e-30, 1e-20, 1, 1e18, 1e30, 1e38, 0, torch.inf, torch.nan])[:, None].to(dtype)
+    x, weight = x * torch.tensor([1.0, -0.5, 0.25]).to(dtype), torch.tensor([1.0, 2.0, -1.0]).to(dtype)
+    got, grads = run(lambda x, w: rms_norm(x, w, eps, backend=backend), [x], [weight])
+    accumulate = torch.promote_types(dtype, torch.float32)
+    plain = run(lambda x, w: F.rms_norm(x, (3,), w, eps), *([y.to(accumulate)] for y in (x, weight, *grads)))[0]
+    torch.testing.assert_close(got, [y.to(dtype) for y in plain], equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
-def test_strides_empty_inputs_and_a_part_of_the_gradients(name):
+def test_layouts(name, backend, layout):
     trains, frozen = arguments(name, 9, 10)
-    for group in (trains, frozen):
-        group[:] = [x.repeat_interleave(2, -1)[..., ::2] for x in group]
+    outputs, _ = run(CALLS[name], trains, frozen)
+    grads = [torch.randn_like(x) for x in outputs[: len(outputs) - len(trains)]]
+    moved = [[in_layout(x, layout) for x in group] for group in (trains, frozen, grads)]
+    got, _ = run(CALLS[name], *moved, backend=backend)
+    want, _ = run(lambda *x: oracle(name, *x), *([x.contiguous() for x in group] for group in moved))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+@pytest.mark.parametrize("name", CALLS)
+def test_without_values(name, device):
+    trains, frozen = arguments(name, 4, 6, torch.bfloat16)
+    mode = FakeTensorMode()
+    convert = mode.from_tensor if device == "fake" else lambda x: x.to("meta")
+    shapes = [[convert(x) for x in group] for group in (trains, frozen)]
+    with mode if device == "fake" else contextlib.nullcontext():
+        got, _ = run(CALLS[name], *shapes)
+    want, _ = run(CALLS[name], trains, frozen)
+    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_empty_inputs_and_a_part_of_the_gradients(name):
+    trains, frozen = arguments(name, 9, 10)
     got, grads = run(CALLS[name], trains, frozen)
-    torch.testing.assert_close(got, run(lambda *x: oracle(name, *x), trains, frozen, grads)[0])
     none, _ = run(CALLS[name], [x[:0] for x in trains], [x if "norm" in name else x[:0] for x in frozen])
     assert all(len(x) == 0 for x in none)
     last = trains[-1].detach().requires_grad_()
@@ -152,8 +258,28 @@ def test_every_instruction_set_in_poisoned_memory(instructions):
         (lambda x: gated(x, x, "relu"), "activation must be one of .* got 'relu'"),
         (lambda x: gated(x, x, "silu", backend="cuda"), "backend must be None, 'native' or 'reference', got 'cuda'"),
         (lambda x: gated(x.half(), x.half(), "silu", backend="native"), "not available: .*"),
+        *(
+            (lambda x, bad=bad: gated(x, x, bad), r"activation must be one of \('silu', 'gelu_tanh'\), got ")
+            for bad in (0, 1, True, None, ["silu"], torch.nan)
+        ),
+        *(
+            (lambda x, bad=bad: rms_norm(x, x[0], bad), "eps must be a finite number of at least 0, got ")
+            for bad in (-1e-6, torch.nan, torch.inf, 2**2000, True, "1e-6", None, torch.tensor(1e-6))
+        ),
+        *(
+            (lambda x, bad=bad: rms_norm(x, x[0], 1e-6, bad), "offset must be a finite number, got ")
+            for bad in (torch.nan, -torch.inf, -(2**2000), False, "1", None)
+        ),
     ],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_any_size(backend):
+    x, weight = torch.randn(2, 6), torch.randn(6)
+    for eps, offset in ((0, 0), (1, -1), (2**31, 2**31), (2**63 - 1, -(2**63)), (1e-300, 1e300)):
+        got, want = (rms_norm(x, weight, eps, offset, backend=each) for each in (backend, "reference"))
+        torch.testing.assert_close(got, want)

@@ -18,7 +18,8 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 def gated(gate: Tensor, up: Tensor, activation: str, *, backend: str | None = None) -> Tensor:
     """activation(gate) * up, elementwise, computed in float32 (float64 for float64) and rounded once.
 
-    Only gate and up are kept for the backward.
+    Only gate and up are kept for the backward. Only the reference has second derivatives; the native path refuses to be
+    differentiated twice.
 
     Args:
         gate: any shape, floating point.

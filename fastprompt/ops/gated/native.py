@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastprompt.ops._autograd import with_derivative
+from fastprompt.ops._autograd import once_differentiable, with_derivative
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # the order gives the numbers of csrc/cpu/gated.cpp
 
@@ -29,7 +29,7 @@ def _differentiate(ctx, grad: Tensor) -> tuple:
     return *_backward(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-_run = with_derivative(torch.ops.fastprompt.gated.default, _save, _differentiate)
+_run = with_derivative(torch.ops.fastprompt.gated.default, _save, once_differentiable("gated", _differentiate))
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastprompt.ops._autograd import with_derivative
+from fastprompt.ops._autograd import once_differentiable, with_derivative
 
 _backward = torch.ops.fastprompt.rms_norm_backward.default
 
@@ -27,4 +27,6 @@ def _differentiate(ctx, grad: Tensor) -> tuple:
     return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-rms_norm = with_derivative(torch.ops.fastprompt.rms_norm.default, _save, _differentiate)
+rms_norm = with_derivative(
+    torch.ops.fastprompt.rms_norm.default, _save, once_differentiable("rms_norm", _differentiate)
+)
