@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastprompt.ops import linear_cross_entropy
+from fastprompt.ops._checks import check_targets
 
 from .packing import Packing
 
@@ -18,7 +19,7 @@ class CausalHead:
 
     Args:
         model: a causal language model.
-        labels: (B, L) next-token labels, -100 for none; or None.
+        labels: (B, L) next-token labels, -100 for none; or None. All are checked, those at padding too.
         all_logits: whether the logits of all text positions are wanted.
         label_smoothing, num_items_in_batch: as transformers' Trainer counts them.
     """
@@ -33,6 +34,8 @@ class CausalHead:
     ) -> None:
         self.model, self.labels, self.all_logits = model, labels, all_logits or labels is None
         self.label_smoothing, self.items = label_smoothing, num_items_in_batch
+        if labels is not None:
+            check_targets(labels, model.config.get_text_config().vocab_size, -100, "labels")
         head = model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         self.from_states = not self.all_logits and plain and model.loss_function is ForCausalLMLoss

@@ -57,7 +57,12 @@ def check_like(tensors: dict[str, Tensor]) -> None:
 def check_number(value: float, argument: str, expected: str, fits: Callable[[float], bool] = lambda _: True) -> float:
     """As a float. Raises a ValueError unless it is a finite number that `fits`, which `expected` puts in words."""
     limit = sys.float_info.max
-    if isinstance(value, bool) or not isinstance(value, Real) or not -limit <= value <= limit or not fits(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (float, Real))
+        or not -limit <= value <= limit
+        or not fits(value)
+    ):
         raise ValueError(f"{argument} must be {expected}, got {value!r}")
     return float(value)
 

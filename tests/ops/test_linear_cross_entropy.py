@@ -1,19 +1,58 @@
+import importlib
 import itertools
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import LAYOUTS, in_layout
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastprompt.ops import linear_cross_entropy
+from fastprompt.ops import _checks, linear_cross_entropy
 from fastprompt.ops.linear_cross_entropy import chunked
 
-BACKENDS = [None, "chunked", "reference"]
+operator = importlib.import_module("fastprompt.ops.linear_cross_entropy")  # not the function of that name
+BACKENDS = [None, "chunked", "reference", "cut_cross_entropy"]
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"softcap": 3.0}, {"label_smoothing": 0.3, "softcap": 0.7}]
 SHAPES = [(0, 4, 7), (1, 1, 1), (5, 33, 97), (63, 16, 250)]  # rows, features, vocabulary
 
 
+class CutCrossEntropy(torch.autograd.Function):
+    """In place of the package's function, which needs a GPU: like that, its gradient is a constant to autograd."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, softcap):
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            logits = F.linear(leaf, weight)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            ctx.found = leaf, F.cross_entropy(logits, target, reduction="none")
+        return ctx.found[1].detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        leaf, losses = ctx.found
+        return torch.autograd.grad(losses, leaf, grad.detach(), retain_graph=True)[0].detach(), None, None, None
+
+
+def stand_in(hidden, weight, target, softcap, reduction):
+    assert len(target) and reduction == "none"
+    return CutCrossEntropy.apply(hidden, weight, target, softcap)
+
+
 @pytest.fixture(params=BACKENDS, ids=str)
-def backend(request):
+def backend(request, monkeypatch):
+    if request.param == "cut_cross_entropy":
+        if getattr(request.node, "callspec", None) and "label_smoothing" in request.node.callspec.params.get(
+            "options", {}
+        ):
+            pytest.skip("cut_cross_entropy has no label smoothing")
+        module = types.SimpleNamespace(linear_cross_entropy=stand_in)
+        monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+        monkeypatch.delitem(sys.modules, "fastprompt.ops.linear_cross_entropy.cut", raising=False)
+        monkeypatch.setattr(operator, "_choose", lambda backend, *_: backend)
     return request.param
 
 
@@ -74,10 +113,92 @@ def test_error_budget(backend, device, options, dtype):
 
 def test_gradcheck(backend):
     hidden, weight, target = inputs(3, 4, 5)
+    target[1] = -100
     for options in OPTIONS:
-        assert torch.autograd.gradcheck(
-            lambda h, options=options: linear_cross_entropy(h, weight, target, **options, backend=backend), hidden
+        if backend == "cut_cross_entropy" and "label_smoothing" in options:
+            continue
+
+        def run(h, options=options):
+            return linear_cross_entropy(h, weight, target, **options, backend=backend)
+
+        assert torch.autograd.gradcheck(run, hidden)
+        if backend == "reference":
+            assert torch.autograd.gradgradcheck(run, hidden)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3])
+def test_rows_left_out(backend, device, ignore_index, options, monkeypatch):
+    monkeypatch.setattr(chunked, "ROWS", 4)
+    hidden, weight, target = inputs(11, 5, 9, device=device)
+    target[[0, 4, 5, 6, 7, 10]] = ignore_index
+    out = target == ignore_index
+    hidden.data[out] = torch.nan
+    got = linear_cross_entropy(hidden, weight, target, ignore_index=ignore_index, **options, backend=backend)
+    kept = hidden.detach()[~out].requires_grad_()
+    want = defined(kept, weight, target[~out], **options)
+    torch.testing.assert_close(got, want)
+    (grad,) = torch.autograd.grad(got * 1.5, hidden)
+    assert not grad[out].any()
+    torch.testing.assert_close(grad[~out], torch.autograd.grad(want * 1.5, kept)[0])
+    with torch.no_grad():
+        none = linear_cross_entropy(
+            hidden, weight, torch.full_like(target, ignore_index), ignore_index=ignore_index, backend=backend
         )
+        again = linear_cross_entropy(hidden, weight, target, ignore_index=ignore_index, **options, backend=backend)
+    assert none == 0 and torch.equal(got, again)
+
+
+@pytest.mark.parametrize("bad", [-1, 9, -101, 2**63 - 1])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_targets_out_of_range(backend, bad, options, monkeypatch):
+    hidden, weight, target = inputs(5, 4, 9)
+    target[2:4] = torch.tensor([-100, bad])
+    expected = r"target must be in \[0, 9\), or -100 for none"
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(IndexError, match=f"{expected}, got {bad}"):
+            linear_cross_entropy(hidden, weight, target, **options, backend=backend)
+    # As on a GPU, where values are not read: the device asserts.
+    monkeypatch.setattr(_checks, "_is_readable", lambda _: False)
+    with pytest.raises(RuntimeError, match=expected):
+        linear_cross_entropy(hidden, weight, target, **options, backend=backend)
+
+
+def test_compiled_reference_checks_targets_too():
+    hidden, weight, target = inputs(5, 4, 9)
+    target[1] = -100
+    torch.compiler.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(hidden, weight, target, backend="reference"), defined(hidden[target >= 0], weight, target[target >= 0])
+    )
+    with pytest.raises(RuntimeError, match=r"target must be in \[0, 9\)"):
+        compiled(hidden, weight, target + 9, backend="reference")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, device, layout):
+    hidden, weight, target = (in_layout(x, layout) for x in inputs(6, 5, 9, device=device))
+    outer = in_layout(torch.randn(1, device=device, dtype=torch.float64), layout)[0]
+    loss = linear_cross_entropy(hidden, weight, target, backend=backend)
+    plain = hidden.detach().clone().requires_grad_()
+    want = defined(plain, weight.contiguous(), target.contiguous())
+    torch.testing.assert_close(loss, want)
+    grads = torch.autograd.grad(loss, hidden, outer), torch.autograd.grad(want, plain, outer.clone())
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_without_values(backend, kind):
+    hidden, weight, target = inputs(6, 5, 9, torch.bfloat16)
+    mode = FakeTensorMode()
+    convert = mode.from_tensor if kind == "fake" else lambda x: x.detach().to("meta").requires_grad_(x.requires_grad)
+    hidden, weight, target = (convert(x) for x in (hidden, weight, target))
+    with mode if kind == "fake" else torch.device("cpu"):
+        loss = linear_cross_entropy(hidden, weight, target, softcap=2.0, backend=backend)
+        (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert grad.shape == hidden.shape and grad.dtype == torch.bfloat16
 
 
 def test_no_logits_beyond_a_chunk(monkeypatch):
@@ -102,11 +223,20 @@ def test_no_logits_beyond_a_chunk(monkeypatch):
     assert sum(function == torch.ops.aten.mm for function, _ in seen) == 2 * 3
 
 
-def test_no_second_derivative():
+def test_no_second_derivative(backend):
+    if backend == "reference":
+        return  # test_gradcheck
     hidden, weight, target = inputs(3, 4, 5)
-    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target), hidden, create_graph=True)
+    outer = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, target, backend=backend)
+    (grad,) = torch.autograd.grad(loss, hidden, outer, create_graph=True)
+    for unused in (False, True):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(grad.sum(), hidden, allow_unused=unused, retain_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
+        grad.square().sum().backward(retain_graph=True)
+    (of_outer,) = torch.autograd.grad(grad.sum(), outer)  # linear in it: that derivative is there
+    torch.testing.assert_close(of_outer * 1.5, grad.sum())
 
 
 GOOD = dict(zip(("hidden", "weight", "target"), inputs(3, 4, 5, torch.float32), strict=True))
@@ -121,8 +251,19 @@ GOOD = dict(zip(("hidden", "weight", "target"), inputs(3, 4, 5, torch.float32), 
         ({"weight": torch.ones(5, 4).double()}, "must be of one floating dtype, got torch.float32 and torch.float64"),
         ({"weight": torch.ones(5, 4, device="meta")}, "weight must be on cpu, where hidden is, got meta"),
         ({"weight": torch.ones(5, 4).requires_grad_()}, "weight must be frozen"),
-        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
-        ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+        ({"weight": torch.ones(0, 4)}, r"weight must have a row for each of V >= 1 words, got \(0, 4\)"),
+        *(
+            ({"label_smoothing": bad}, r"label_smoothing must be in \[0, 1\], got ")
+            for bad in (1.5, -1e-9, 2, torch.nan, torch.inf, 2**2000, True, "0.1", None)
+        ),
+        *(
+            ({"softcap": bad}, "softcap must be positive, of torch.float32's range, got ")
+            for bad in (0, -1.0, 1e-50, 1e39, torch.nan, torch.inf, 2**2000, True, "30")
+        ),
+        *(
+            ({"ignore_index": bad}, "ignore_index must be an integer of 64 bits, got ")
+            for bad in (2**63, -(2**63) - 1, -100.0, torch.nan, True, "-100", None)
+        ),
         ({"backend": "liger"}, r"backend must be None or one of \(.*\), got 'liger'"),
         ({"backend": "cut_cross_entropy"}, "needs that package, a GPU, .*, got cpu, torch.float32, 0.0"),
     ],

@@ -7,40 +7,34 @@ products.
 import torch
 from torch import Tensor
 
+from ._autograd import GradientWithLoss
+
 ROWS = 1024  # at a time: their states stay in the cache
 VOCABULARY = 1024  # the same for the weight between the two products that read it
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float, softcap: float | None
+    hidden: Tensor, weight: Tensor, target: Tensor, ignored: Tensor, label_smoothing: float, softcap: float | None
 ) -> Tensor:
     needed = torch.is_grad_enabled() and hidden.requires_grad
-    return _LinearCrossEntropy.apply(hidden, weight, target, label_smoothing, softcap, needed)[0]
+    return _Chunked.apply(hidden, weight, target, ignored, label_smoothing, softcap, needed)[0]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _Chunked(GradientWithLoss):
     @staticmethod
-    def forward(ctx, hidden, weight, target, label_smoothing, softcap, needed) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
+    def forward(ctx, hidden, weight, target, ignored, label_smoothing, softcap, needed) -> tuple[Tensor, Tensor]:
         options = label_smoothing, softcap, needed
         rows = zip(hidden.split(ROWS), target.split(ROWS), strict=True)
         losses, grads = zip(*(_of_rows(h, weight, t.unsqueeze(1), *options) for h, t in rows), strict=True)
         grad = torch.cat(grads).to(hidden.dtype) if needed else hidden.new_empty(0)
-        ctx.save_for_backward(grad)
-        return sum(losses), grad
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None, second: Tensor | None) -> tuple:
-        if second is not None:  # somebody differentiates the gradient that came with the loss
-            raise RuntimeError("linear_cross_entropy has no second derivative, but for backend 'reference'")
-        (found,) = ctx.saved_tensors
-        return None if grad is None else found * grad, None, None, None, None, None
+        loss = torch.cat(losses).masked_fill(ignored, 0).sum()
+        return GradientWithLoss.finish(ctx, loss, grad)
 
 
 def _of_rows(
     hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float, softcap: float | None, needed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of hidden (R, E) for targets (R, 1), and its derivative by hidden."""
+    """Losses (R,) of hidden (R, E) for targets (R, 1), and the derivative of their sum by hidden."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     peak = hidden.new_full((len(hidden), 1), -torch.inf, dtype=dtype)  # greatest logit so far
     total, chosen, average = torch.zeros((3, len(hidden), 1), dtype=dtype, device=hidden.device)
@@ -68,7 +62,7 @@ def _of_rows(
             powers = powers if slope is None else powers.mul_(slope)
             grad.mul_(shrink).add_(powers.to(hidden.dtype) @ part)
     apart = (1 - label_smoothing) * (peak - chosen) + label_smoothing * (peak - average)
-    loss = (total.log() + apart).sum()
+    loss = (total.log() + apart).squeeze(1)
     if not needed:
         return loss, None
     wanted = 1 - label_smoothing if softcap is None else (1 - label_smoothing) * _slope(chosen, softcap)
