@@ -45,6 +45,7 @@ Tensor pack_prompt(const Tensor& embedding_, const Tensor& input_ids_, const Ten
 
   const int64_t rows = tokens + prompt_rows * (per_segment ? segments : bank_size);
   Tensor hidden = empty_as(embedding, {rows, width});
+  if (width == 0) return hidden;  // memory that is not there has no address to copy from
   dispatch_floating(embedding.scalar_type(), "pack_prompt", [&](auto zero) {
     using T = decltype(zero);
     const T* table = embedding.const_data_ptr<T>();

@@ -85,6 +85,7 @@ Tensor segment_pool_backward(const Tensor& grad_, const Tensor& cu_seqlens_, int
   const PackedRows packed{cu_seqlens.const_data_ptr<int32_t>(), segments, 0};
   check_segments(packed.cu_seqlens, segments, rows);
   Tensor grad_hidden = empty_as(grad, {rows, width});
+  if (width == 0) return grad_hidden;  // memory that is not there has no address to copy to
   dispatch_floating(grad.scalar_type(), "segment_pool_backward", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;

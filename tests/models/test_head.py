@@ -1,5 +1,7 @@
 """Labels that are no token: an error, as the stock model gives, whatever is computed from them."""
 
+import functools
+
 import peft
 import pytest
 import torch
@@ -9,6 +11,7 @@ import fastprompt
 from fastprompt import PromptConfig, PromptModel
 
 
+@functools.cache
 def models() -> dict[str, torch.nn.Module]:
     def backbone():
         return build("gemma3_text", "AutoModelForCausalLM", torch.float32)
@@ -18,10 +21,9 @@ def models() -> dict[str, torch.nn.Module]:
     return found | {"fused": fastprompt.fuse(peft.get_peft_model(backbone(), made))}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("bad", [-1, VOCABULARY, -101, 1000])
-def test_labels_out_of_range(bad, side):
-    inputs = batch(side=side)
+@pytest.mark.parametrize("bad", [-1, VOCABULARY, -101])
+def test_labels_out_of_range(bad):
+    inputs = batch(side="left")
     text = inputs["attention_mask"] == 1
     mixed = inputs["input_ids"].masked_fill(torch.rand(text.shape) < 0.1, bad)
     mixed[2, 5] = bad

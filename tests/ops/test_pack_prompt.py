@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import itertools
 import shutil
@@ -5,6 +6,8 @@ import shutil
 import pytest
 import torch
 from cuda_emulator import load_emulated
+from layouts import LAYOUTS, in_layout
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprompt import _native
 from fastprompt.ops import pack_prompt
@@ -145,18 +148,69 @@ def test_gradcheck(backend, device, per_segment):
     assert torch.autograd.gradgradcheck(run, prompt)
 
 
-def test_non_contiguous(backend, device):
-    args = inputs([3, 4], 5, width=16, device=device)
-    args["prompt"] = args["prompt"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    for name in ("input_ids", "prompt_index"):
-        args[name] = args[name].repeat_interleave(2)[::2]
-    args["embedding"] = args["embedding"].T.contiguous().T
-    want = expected(**args, per_segment=True)
-    got = pack_prompt(**args, per_segment=True, backend=backend)
-    grad = torch.randn(1, device=device, dtype=want.dtype).expand_as(want)
+def moved(layout, **options):
+    """Arguments in that layout, but for bounds that could not all be the same, and contiguous copies."""
+    args = inputs([3, 4], 5, **options)
+    kept = {"cu_seqlens"} if layout == "expanded" else set()
+    args = {name: x if name in kept else in_layout(x, layout) for name, x in args.items()}
+    return args, {name: x.detach().clone().contiguous().requires_grad_(x.requires_grad) for name, x in args.items()}
+
+
+@pytest.mark.parametrize("per_segment", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, device, layout, per_segment):
+    args, plain = moved(layout, width=16, device=device)
+    want = expected(**plain, per_segment=per_segment)
+    got = pack_prompt(**args, per_segment=per_segment, backend=backend)
+    grad = in_layout(torch.randn_like(want), layout)
     assert torch.equal(got, want)
-    gradients = (torch.autograd.grad(result, args["prompt"], grad)[0] for result in (got, want))
-    torch.testing.assert_close(*gradients)
+    (got_grad,) = torch.autograd.grad(got, args["prompt"], grad)
+    torch.testing.assert_close(got_grad, torch.autograd.grad(want, plain["prompt"], grad.contiguous())[0])
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_the_emulator(layout, ids):
+    args, plain = moved(layout, width=8, dtype=torch.bfloat16, ids=ids)
+    emulated = load_emulated()
+    for per_segment in (False, True):
+        want = expected(**plain, per_segment=per_segment)
+        with torch.no_grad():
+            assert torch.equal(emulated.pack_prompt(*args.values(), per_segment, 1.0), want)
+    grad = in_layout(torch.randint(5, want.shape).bfloat16(), layout)  # whole numbers: exact
+    got_grad = emulated.pack_prompt_backward(grad, args["cu_seqlens"], args["prompt_index"], 3, 5)
+    assert torch.equal(got_grad, torch.autograd.grad(want, plain["prompt"], grad.contiguous())[0])
+
+
+@pytest.mark.parametrize("per_segment", [False, True])
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_without_values(kind, per_segment):
+    args = inputs([3, 0, 4], 5, dtype=torch.bfloat16)
+    mode = FakeTensorMode()
+    convert = mode.from_tensor if kind == "fake" else lambda x: x.detach().to("meta").requires_grad_(x.requires_grad)
+    args = {name: convert(x) for name, x in args.items()}
+    with mode if kind == "fake" else contextlib.nullcontext():
+        hidden = pack_prompt(**args, per_segment=per_segment)
+        (grad,) = torch.autograd.grad(hidden.sum(), args["prompt"])
+    assert hidden.shape == (22, 24) and grad.shape == (3, 5, 24) and hidden.dtype == grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("per_segment", [False, True])
+@pytest.mark.parametrize("width, lengths, prompt_rows", [(0, [3, 2], 2), (4, [0, 0], 2), (4, [3], 0), (0, [], 0)])
+def test_nothing_in_a_dimension(backend, device, per_segment, width, lengths, prompt_rows):
+    args = inputs(lengths, prompt_rows, width=width, device=device)
+    got, want = pack_prompt(**args, per_segment=per_segment, backend=backend), expected(**args, per_segment=per_segment)
+    assert torch.equal(got, want)
+    (grad,) = torch.autograd.grad(got.sum(), args["prompt"])
+    assert grad.shape == args["prompt"].shape
+
+
+@pytest.mark.parametrize("scale", [0, 1, -1, 2**31, 2**63 - 1, 1e-300, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_any_size(backend, device, dtype, scale):
+    args = inputs([3, 2], 2, dtype=dtype, device=device)
+    want = expected(**args, scale=float(scale))
+    assert torch.equal(pack_prompt(**args, scale=scale, backend=backend), want)
 
 
 def test_outputs_are_written_whole(backend, device):
@@ -253,6 +307,11 @@ def int32(*values):
         ({"prompt_index": torch.tensor([0, 3])}, IndexError, r"prompt_index must be in \[0, 3\), got 3"),
         ({"prompt_index": torch.tensor([0, -1])}, IndexError, "prompt_index must be in .* got -1"),
         ({"backend": "cuda"}, ValueError, "backend must be None or one of"),
+        *(
+            ({"scale": bad}, ValueError, "scale must be a finite number, got ")
+            for bad in (torch.nan, torch.inf, 2**2000, True, "1", None)
+        ),
+        *(({"per_segment": bad}, TypeError, "per_segment must be a bool, got ") for bad in (0, 2**63, "no", None)),
     ],
 )
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -1,9 +1,12 @@
+import contextlib
 import copy
 import itertools
 from importlib.util import find_spec
 
 import pytest
 import torch
+from layouts import LAYOUTS, in_layout
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprompt import _native
 from fastprompt.ops import segment_first, segment_last, segment_mean
@@ -112,16 +115,57 @@ def test_rows_of_other_segments_do_not_leak(backend, device, function):
     assert result[5:].isfinite().all() and not result[0 if function is not segment_last else 4].isfinite().any()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_non_contiguous(backend, device, function):
+def test_layouts(backend, device, function, layout):
     if reason := why_not(backend, device, torch.float32):
         pytest.skip(reason)
-    hidden, cu_seqlens = inputs(RAGGED, dtype=torch.float32, device=device)
-    hidden = hidden.detach().T.contiguous().T.requires_grad_()
-    cu_seqlens = cu_seqlens.repeat_interleave(2)[::2]
-    got, want = function(hidden, cu_seqlens, backend=backend), expected(function, hidden, cu_seqlens)
-    grad = torch.randn(1, device=device).expand_as(want)
+    hidden, cu_seqlens = inputs([0, 5, 0, 3, 1], dtype=torch.float32, device=device)
+    hidden = in_layout(hidden, layout)
+    plain, bounds = hidden.detach().clone().requires_grad_(), cu_seqlens
+    if layout != "expanded":  # bounds that are all the same leave no rows
+        cu_seqlens = in_layout(cu_seqlens, layout)
+    got, want = function(hidden, cu_seqlens, backend=backend), expected(function, plain, bounds)
+    grad = in_layout(torch.randn_like(want), layout)
     torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradient(got, hidden, grad), gradient(want, plain, grad.contiguous()))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_without_values(kind, function):
+    hidden, cu_seqlens = inputs([3, 0, 4], dtype=torch.bfloat16)
+    mode = FakeTensorMode()
+    convert = mode.from_tensor if kind == "fake" else lambda x: x.detach().to("meta").requires_grad_(x.requires_grad)
+    hidden, cu_seqlens = convert(hidden), convert(cu_seqlens)
+    with mode if kind == "fake" else contextlib.nullcontext():
+        pooled = function(hidden, cu_seqlens)
+        (grad,) = torch.autograd.grad(pooled.sum(), hidden)
+    assert pooled.shape == (3, 24) and grad.shape == (7, 24) and pooled.dtype == grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_nothing_in_a_row(backend, device, function):
+    if reason := why_not(backend, device, torch.float32):
+        pytest.skip(reason)
+    hidden, cu_seqlens = inputs([3, 0, 4], 0, torch.float32, device)
+    pooled = function(hidden, cu_seqlens, backend=backend)
+    assert pooled.shape == (3, 0) and gradient(pooled, hidden, pooled.detach()).shape == (7, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in reduce")  # of the interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_at_the_end_of_the_range(backend, device, dtype):
+    """Sums beyond it are infinite, as in plain PyTorch; one row alone, and a gradient, are as they were."""
+    if reason := why_not(backend, device, dtype):
+        pytest.skip(reason)
+    largest = torch.finfo(dtype).max
+    rows = [1.0, 0.5, 0.25, 0.125, -1, -1, -1, 1, torch.inf, 1, torch.inf, -torch.inf]
+    hidden = (torch.tensor(rows, dtype=dtype, device=device)[:, None] * largest).expand(-1, 3).requires_grad_()
+    bounds = torch.tensor([0, 1, 2, 4, 7, 8, 10, 12], dtype=torch.int32, device=device)
+    got, want = segment_mean(hidden, bounds, backend=backend), segment_mean(hidden, bounds, backend="reference")
+    grad = torch.full_like(want, largest)
+    torch.testing.assert_close(got, want, equal_nan=True)
     torch.testing.assert_close(gradient(got, hidden, grad), gradient(want, hidden, grad))
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastprompt import _native
 
-from .._checks import check_cu_seqlens, check_indices
+from .._checks import check_cu_seqlens, check_indices, check_number
 from . import reference
 
 if _native.available("cpu"):
@@ -53,8 +53,8 @@ def pack_prompt(
         (N*P + T, E), or (B*P + T, E) with per_segment.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape, device, cu_seqlens or backend that does not fit.
+        TypeError: a dtype that does not fit, or a per_segment that is no bool.
+        ValueError: a shape, device, cu_seqlens, scale or backend that does not fit.
         IndexError: a value of input_ids or prompt_index out of range. (On a GPU values are not read on the host: there
             this is a device assert, as in torch's own indexing.)
     """
@@ -69,6 +69,9 @@ def pack_prompt(
     elif backend == "native" and trains_embedding:
         raise ValueError("backend 'native' has no gradient of the embedding: freeze it, or leave the choice open")
     _check(embedding, input_ids, cu_seqlens, prompt, prompt_index, read_values=backend != "native")
+    if not isinstance(per_segment, bool):
+        raise TypeError(f"per_segment must be a bool, got {per_segment!r}")
+    scale = check_number(scale, "scale", "a finite number")
     run = native.pack_prompt if backend == "native" else reference.pack_prompt
     return run(embedding, input_ids, cu_seqlens, prompt, prompt_index, per_segment, scale)
 
