@@ -11,10 +11,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, library) {
   library.def(
       "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
       "Tensor cu_seqlens, Tensor? prefix_index, SymInt prompt_rows, bool is_causal, float scale, SymInt window, "
-      "bool prefix_in_window) -> (Tensor, Tensor)");
+      "bool prefix_in_window) -> (Tensor, Tensor, Tensor)");
   library.def(
       "prefix_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
-      "Tensor prefix_value, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor? prefix_index, SymInt prompt_rows, "
+      "Tensor prefix_value, Tensor out, Tensor peak_sum, Tensor cu_seqlens, Tensor? prefix_index, SymInt prompt_rows, "
       "bool is_causal, float scale, SymInt window, bool prefix_in_window, bool needs_query, bool needs_key, "
       "bool needs_value, bool needs_prefix_key, bool needs_prefix_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(

@@ -64,6 +64,7 @@ struct Inputs {
         prefix_value(readable(prefix_value_)),
         cu_seqlens(as_contiguous(cu_seqlens_)) {
     STD_TORCH_CHECK(prompt_rows == 0, "prompt_rows must be 0 on CUDA: the prompt's rows are a call of their own");
+    STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
     const int64_t features = query.size(2);
     STD_TORCH_CHECK(features % 16 == 0 && features <= kLargestHead,
                     "heads must be of a multiple of 16 features, up to ", kLargestHead, ", got ", features);
@@ -109,10 +110,11 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                   const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& cu_seqlens,
-                                   const std::optional<Tensor>& prefix_index, int64_t prompt_rows, bool is_causal,
-                                   double scale, int64_t window, bool prefix_in_window) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const Tensor& prefix_key, const Tensor& prefix_value,
+                                           const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
+                                           int64_t prompt_rows, bool is_causal, double scale, int64_t window,
+                                           bool prefix_in_window) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
                       scale, window, prefix_in_window);
@@ -120,18 +122,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   const int64_t rows = query.size(0);
   Tensor out = torch::stable::new_empty(query, {rows, problem.heads, problem.features});
   Tensor lse = torch::stable::new_empty(query, {rows, problem.heads}, ScalarType::Float);
-  if (rows == 0) return {out, lse};
+  Tensor peak_sum = torch::stable::new_empty(query, {rows, problem.heads, 2}, ScalarType::Float);
+  if (rows == 0) return {out, lse, peak_sum};
   inputs.dispatch([&](auto zero, auto features) {
     using T = decltype(zero);
     Forward<T> call{};
     inputs.hand_to<T>(call);
     call.out = {out.mutable_data_ptr<T>(), out.stride(0), out.stride(1)};
     call.lse = lse.mutable_data_ptr<float>();
+    call.peak_sum = reinterpret_cast<PeakSum*>(peak_sum.mutable_data_ptr<float>());
     const int64_t slots = rows * (problem.heads / problem.kv_heads) / kForwardRows + problem.segments;
     const dim3 blocks(static_cast<unsigned>(slots), problem.kv_heads);
     launch(forward_kernel<T, features>, blocks, kThreads, kForwardBytes<T, features>, current_stream(query), call);
   });
-  return {out, lse};
+  return {out, lse, peak_sum};
 }
 
 Tensor gradient_like(const Tensor& tensor, bool wanted) {
@@ -143,14 +147,14 @@ Tensor gradient_like(const Tensor& tensor, bool wanted) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
-    const Tensor& prefix_value, const Tensor& out_, const Tensor& lse_, const Tensor& cu_seqlens,
+    const Tensor& prefix_value, const Tensor& out_, const Tensor& peak_sum, const Tensor& cu_seqlens,
     const std::optional<Tensor>& prefix_index, int64_t prompt_rows, bool is_causal, double scale, int64_t window,
     bool prefix_in_window, bool needs_query, bool needs_key, bool needs_value, bool needs_prefix_key,
     bool needs_prefix_value) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
                       scale, window, prefix_in_window);
-  const Tensor grad = readable(grad_), out = readable(out_), lse = as_contiguous(lse_);
+  const Tensor grad = readable(grad_), out = readable(out_);
   const Problem& problem = inputs.problem;
   Tensor grad_query = gradient_like(query, needs_query), grad_key = gradient_like(key, needs_key);
   Tensor grad_value = gradient_like(value, needs_value);
@@ -179,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     inputs.hand_to<T>(call);
     call.grad = rows_of<T>(grad);
     call.out = rows_of<T>(out);
-    call.lse = lse.const_data_ptr<float>();
+    call.peak_sum = reinterpret_cast<const PeakSum*>(peak_sum.const_data_ptr<float>());
     call.grad_query = pointer_or_null<T>(grad_query, needs_query);
     call.grad_key = pointer_or_null<T>(grad_key, needs_key);
     call.grad_value = pointer_or_null<T>(grad_value, needs_value);

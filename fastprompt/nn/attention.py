@@ -94,7 +94,7 @@ class PrefixAttention(nn.Module):
             batch, length = query.shape[:2]
             rows = tuple(x.flatten(0, 1) for x in rows)
             if attention_mask is None:
-                cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+                cu_seqlens = (length * torch.arange(batch + 1, device=query.device)).to(torch.int32)
             else:
                 if attention_mask.shape != (batch, length):
                     raise ValueError(

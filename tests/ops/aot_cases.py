@@ -64,8 +64,8 @@ def call_prefix_attention(dtype, features, lengths, options) -> None:
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
     common = (cu_seqlens, prefix_index, seed, is_causal, 0.125, window, softcap, prefix_in_window, dropout_p)
     tensors = query, key, key, bank, bank
-    out, lse = prefix_attention._prefix_attention._init_fn(*tensors, *common)
-    prefix_attention._prefix_attention_backward._init_fn(query, *tensors, out, lse, *common, True, True, True)
+    out, _, peak_sum = prefix_attention._prefix_attention._init_fn(*tensors, *common)
+    prefix_attention._prefix_attention_backward._init_fn(query, *tensors, out, peak_sum, *common, True, True, True)
 
 
 def call_alignment_loss(dtype, features, rows, options) -> None:

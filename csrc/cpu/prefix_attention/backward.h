@@ -1,6 +1,6 @@
 // The backward of a run of blocks. Included like tiles.h.
 //
-// A block's weights are computed again from its scores and log-sum-exp; with w = dO V^T and delta = dO . O,
+// A block's weights are computed again from its scores, their peak and sum; with w = dO V^T and delta = dO . O,
 //   dS = P * (w - delta),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO,
 // five products, each only where its result is wanted. Keys' gradients gather in column panels: a segment's over its
 // blocks, the prefix's over all blocks of the item.
@@ -10,11 +10,11 @@ void pack_prefix_backward(const Backward<T, A>& call, int64_t entry, int64_t hea
   pack_prefix<T, A>(call, true, entry, head, first, last);
 }
 
-// Weights and score gradients of one row: score (s log2 e) becomes P, grad (dO V^T) becomes dS.
+// Weights and score gradients of one row: score (Q K^T) becomes P, grad (dO V^T) becomes dS. See soften.
 template <typename A>
-inline void differentiate(A* score, A* grad, int64_t count, A lse2, A delta, bool with_grad) {
+inline void differentiate(A* score, A* grad, int64_t count, A unit, A peak, A norm, A delta, bool with_grad) {
   for (int64_t j = 0; j < count; j += kLanes<A>) {
-    const V<A> weight = exp2_nonpositive(vec(score + j) - lse2);
+    const V<A> weight = exp2_nonpositive((vec(score + j) - peak) * unit) * norm;
     vec(score + j) = weight;
     if (with_grad) vec(grad + j) = weight * (vec(grad + j) - delta);
   }
@@ -35,9 +35,9 @@ inline void add_transposed(const A* weight, int64_t stride, int64_t rows, int64_
 template <typename A>
 struct BlockRows {
   int64_t rows;
-  A *query, *grad, *grad_query;  // column panels; query times scale log2 e
-  A *lse2, *delta;
-  A *score, *grad_score;  // (kBlockRows, stride)
+  A *query, *grad, *grad_query;  // column panels
+  A *peak, *norm, *delta;        // norm: 1 / the row's sum
+  A *score, *grad_score;         // (kBlockRows, stride)
 };
 
 template <typename T, typename A>
@@ -47,6 +47,7 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
   const int64_t chunk = chunk_keys<A>(p), stride = chunk + kPanel<A>;
   const int64_t rows = b.rows, tiles = tiles_of(rows);
   const bool with_grad = call.needs_query || part.grad_key;
+  const A unit = static_cast<A>(p.scale * kLog2E);
   for (int64_t begin = 0; begin < part.keys; begin += chunk) {
     const int64_t keys = part.keys - begin < chunk ? part.keys - begin : chunk;
     Problem::Range panels[kBlockRows];  // of each tile
@@ -69,8 +70,8 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
         const Problem::Range own = visible(p, part, block.first + t.begin + r, segment.length, begin, keys);
         for (int64_t j = from * kPanel<A>; j < own.begin; ++j) row[j] = -__builtin_inf();
         for (int64_t j = own.end; j < to * kPanel<A>; ++j) row[j] = -__builtin_inf();
-        differentiate(row + from * kPanel<A>, grad_score + r * stride + from * kPanel<A>, (to - from) * kPanel<A>,
-                      b.lse2[t.begin + r], b.delta[t.begin + r], with_grad);
+        differentiate(row + from * kPanel<A>, grad_score + r * stride + from * kPanel<A>, (to - from) * kPanel<A>, unit,
+                      b.peak[t.begin + r], b.norm[t.begin + r], b.delta[t.begin + r], with_grad);
       }
       if (call.needs_query)
         add_weighted(grad_score, stride, t, part.key_columns + begin * kPanel<A>, part.rows, seen, p.dim, b.grad_query,
@@ -108,8 +109,8 @@ void finish_segment(const Backward<T, A>& call, int64_t index, int64_t head, A* 
   for (int64_t n = 1; n < count; ++n)
     for (int64_t k = 0; k < 2 * size; k += kLanes<A>) vec(parts[0] + k) += vec(parts[n] + k);
   for (int64_t j = 0; j < segment.length; ++j) {
-    if (call.needs_key)  // dK gathered against queries times scale log2 e
-      unpack_row<T, A>(parts[0], rows, j, p.dim, call.grad_key.at(segment.begin + j, head), A(kLn2));
+    if (call.needs_key)
+      unpack_row<T, A>(parts[0], rows, j, p.dim, call.grad_key.at(segment.begin + j, head), static_cast<A>(p.scale));
     if (call.needs_value)
       unpack_row<T, A>(parts[0] + size, rows, j, p.dim, call.grad_value.at(segment.begin + j, head), A(1));
   }
@@ -129,8 +130,8 @@ void finish_prefix(const Backward<T, A>& call, int64_t entry, int64_t head, int6
   for (int64_t j = from; j < to; ++j) {
     if (call.needs_prefix_key)
       unpack_row<T, A>(first, rows, j, p.dim,
-                       call.grad_prefix_key.at(entry, head) + j * call.grad_prefix_key.row_stride, A(kLn2),
-                       call.add_prefix);
+                       call.grad_prefix_key.at(entry, head) + j * call.grad_prefix_key.row_stride,
+                       static_cast<A>(p.scale), call.add_prefix);
     if (call.needs_prefix_value)
       unpack_row<T, A>(first + size, rows, j, p.dim,
                        call.grad_prefix_value.at(entry, head) + j * call.grad_prefix_value.row_stride, A(1),
@@ -151,8 +152,9 @@ void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Blo
   b.grad_query = b.grad + row_panels;
   b.score = b.grad_query + row_panels;
   b.grad_score = b.score + kBlockRows * stride;
-  b.lse2 = b.grad_score + kBlockRows * stride;
-  b.delta = b.lse2 + kBlockRows;
+  b.peak = b.grad_score + kBlockRows * stride;
+  b.norm = b.peak + kBlockRows;
+  b.delta = b.norm + kBlockRows;
   A* const packed = b.delta + kBlockRows;
 
   Part<A> parts[2] = {};
@@ -178,11 +180,13 @@ void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Blo
     b.rows = block->last - block->first;
     for (int64_t r = 0; r < b.rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-      pack_row<T, A>(call.query.at(i, h), p.dim, b.query, b.rows, r, static_cast<A>(p.scale * kLog2E));
+      pack_row<T, A>(call.query.at(i, h), p.dim, b.query, b.rows, r);
       const T* const grad = call.grad.at(i, h);
-      pack_row<T, A>(grad, p.dim, b.grad, b.rows, r, A(1));
+      pack_row<T, A>(grad, p.dim, b.grad, b.rows, r);
       b.delta[r] = dot<T, A>(grad, call.out.at(i, h), p.dim);
-      b.lse2[r] = static_cast<A>(call.lse[i * p.heads + h] * kLog2E);
+      const PeakSum<A>& of_row = call.peak_sum[i * p.heads + h];
+      b.peak[r] = of_row.peak;
+      b.norm[r] = A(1) / of_row.sum;
     }
     if (call.needs_query) __builtin_memset(b.grad_query, 0, b.rows * padded<A>(p.dim) * sizeof(A));
     for (const Part<A>& keys : parts)

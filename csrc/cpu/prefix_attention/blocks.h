@@ -1,7 +1,7 @@
 // What forward and backward share: where the keys of a block stand, and how its rows are cut into tiles. Included like
 // tiles.h.
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
 
 // Keys that a block reads: the packed prefix, or the packed rows of its own segment.
 template <typename A>

@@ -5,10 +5,11 @@ void pack_prefix_forward(const Forward<T, A>& call, int64_t entry, int64_t head,
   pack_prefix<T, A>(call, false, entry, head, first, last);
 }
 
-// Turns the scores of one row, `count` of them in whole panels, into weights relative to the greatest score so far, and
-// updates that and their sum. Returns the factor that brings earlier weights to the new scale.
+// Turns the products of one row with keys, `count` of them in whole panels, into weights relative to the greatest so
+// far, and updates that and their sum: 2^(unit * difference), since a product times the unit is rounded to its own
+// size. Returns the factor that brings earlier weights to the new scale.
 template <typename A>
-inline A soften(A* score, int64_t count, A& greatest, A& sum) {
+inline A soften(A* score, int64_t count, A unit, A& greatest, A& sum) {
   V<A> top0 = vec(score), top1 = vec(score + kLanes<A>);
   for (int64_t j = kPanel<A>; j < count; j += kPanel<A>) {
     const V<A> x0 = vec(score + j), x1 = vec(score + j + kLanes<A>);
@@ -21,14 +22,15 @@ inline A soften(A* score, int64_t count, A& greatest, A& sum) {
   const A base = top == nothing ? A(0) : top;  // a row that sees nothing yet has weights 2^-inf = 0
   V<A> total0{}, total1{};
   for (int64_t j = 0; j < count; j += kPanel<A>) {
-    const V<A> w0 = exp2_nonpositive(vec(score + j) - base), w1 = exp2_nonpositive(vec(score + j + kLanes<A>) - base);
+    const V<A> w0 = exp2_nonpositive((vec(score + j) - base) * unit),
+               w1 = exp2_nonpositive((vec(score + j + kLanes<A>) - base) * unit);
     vec(score + j) = w0;
     vec(score + j + kLanes<A>) = w1;
     total0 += w0;
     total1 += w1;
   }
   const A total = sum_of<A>(total0 + total1);
-  const A factor = greatest == nothing ? A(1) : exp2_nonpositive_scalar(greatest - base);
+  const A factor = greatest == nothing ? A(1) : exp2_nonpositive_scalar((greatest - base) * unit);
   sum = sum * factor + total;
   greatest = top;
   return factor;
@@ -39,7 +41,7 @@ int64_t scratch_size(const Problem& problem, int64_t longest, bool backward) {
   const int64_t row_panels = kBlockRows * padded<A>(problem.dim), stride = chunk_keys<A>(problem) + kPanel<A>;
   const int64_t own = prefix_copies(backward) * segment_sum_size<A>(problem, longest);
   if (!backward) return 2 * row_panels + kTileRows * stride + 2 * kBlockRows + own;
-  return 3 * row_panels + 2 * kBlockRows * stride + 2 * kBlockRows + own + 2 * segment_sum_size<A>(problem, longest);
+  return 3 * row_panels + 2 * kBlockRows * stride + 3 * kBlockRows + own + 2 * segment_sum_size<A>(problem, longest);
 }
 
 template <typename T, typename A>
@@ -48,6 +50,7 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
   const Segment& segment = p.segments[first->segment];
   const int64_t group = p.group(), row_panels = kBlockRows * padded<A>(p.dim);
   const int64_t chunk = chunk_keys<A>(p), stride = chunk + kPanel<A>;
+  const A unit = static_cast<A>(p.scale * kLog2E);
   A* const query = scratch;
   A* const out = query + row_panels;
   A* const score = out + row_panels;
@@ -64,7 +67,7 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
     const int64_t rows = block->last - block->first;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-      pack_row<T, A>(call.query.at(i, h), p.dim, query, rows, r, static_cast<A>(p.scale * kLog2E));
+      pack_row<T, A>(call.query.at(i, h), p.dim, query, rows, r);
       greatest[r] = -__builtin_inf();
       sum[r] = 0;
     }
@@ -88,7 +91,7 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
             for (int64_t j = from * kPanel<A>; j < own.begin; ++j) row[j] = -__builtin_inf();
             for (int64_t j = own.end; j < to * kPanel<A>; ++j) row[j] = -__builtin_inf();
             const A factor =
-                soften(row + from * kPanel<A>, (to - from) * kPanel<A>, greatest[t.begin + r], sum[t.begin + r]);
+                soften(row + from * kPanel<A>, (to - from) * kPanel<A>, unit, greatest[t.begin + r], sum[t.begin + r]);
             if (factor != 1)
               for (int64_t d = 0; d < p.dim; d += kPanel<A>) {
                 A* o = out + d * rows + (t.begin + r) * kPanel<A>;
@@ -103,7 +106,8 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
       unpack_row<T, A>(out, rows, r, p.dim, call.out.at(i, h), A(1) / sum[r]);
-      call.lse[i * p.heads + h] = static_cast<A>((greatest[r] + __builtin_log2(sum[r])) * kLn2);
+      call.lse[i * p.heads + h] = static_cast<A>(greatest[r] * p.scale + __builtin_log(sum[r]));
+      call.peak_sum[i * p.heads + h] = {greatest[r], sum[r]};
     }
   }
 }

@@ -13,7 +13,8 @@ struct Forward {
   Bank<const T> prefix_key, prefix_value;
   A* packed_prefix;  // filled by pack_prefix
   Rows<T> out;
-  A* lse;  // (rows, H)
+  A* lse;                // (rows, H)
+  PeakSum<A>* peak_sum;  // (rows, H)
 };
 
 template <typename T, typename A>
@@ -22,7 +23,7 @@ struct Backward {
   Rows<const T> query, key, value, out, grad;
   Bank<const T> prefix_key, prefix_value;
   A* packed_prefix;
-  const A* lse;
+  const PeakSum<A>* peak_sum;
   Rows<T> grad_query, grad_key, grad_value;  // of the segments' own rows
   Bank<T> grad_prefix_key, grad_prefix_value;
   bool needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value;

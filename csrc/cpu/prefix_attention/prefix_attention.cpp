@@ -64,6 +64,7 @@ struct Inputs {
         prefix_value(rows_contiguous(prefix_value_)),
         prompt_rows(prompt_rows_),
         problem{} {
+    STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
     problem.heads = query.size(1);
     problem.kv_heads = key.size(1);
     problem.dim = query.size(2);
@@ -97,10 +98,11 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                   const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& cu_seqlens,
-                                   const std::optional<Tensor>& prefix_index, int64_t prompt_rows, bool is_causal,
-                                   double scale, int64_t window, bool prefix_in_window) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const Tensor& prefix_key, const Tensor& prefix_value,
+                                           const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
+                                           int64_t prompt_rows, bool is_causal, double scale, int64_t window,
+                                           bool prefix_in_window) {
   const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
                       scale, window, prefix_in_window);
   const Problem& problem = inputs.problem;
@@ -109,7 +111,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor out = empty_as(query, {rows, problem.heads, problem.dim});
   const ScalarType type = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor lse = torch::stable::new_empty(query, {rows, problem.heads}, type);
-  if (rows == 0) return {out, lse};
+  Tensor peak_sum = torch::stable::new_empty(query, {rows, problem.heads, 2}, type);
+  if (rows == 0) return {out, lse, peak_sum};
   dispatch_double_float_bfloat16(query.scalar_type(), "prefix_attention", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
@@ -118,6 +121,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     inputs.hand_to<T>(call);
     call.out = new_rows_of<T>(out);
     call.lse = lse.mutable_data_ptr<A>();
+    call.peak_sum = reinterpret_cast<PeakSum<A>*>(peak_sum.mutable_data_ptr<A>());
     const int64_t prefix_size = kernels.packed_prefix_size(problem, false);
     const Buffer<A> packed = allocate<A>(problem.entries * problem.kv_heads * prefix_size);
     call.packed_prefix = packed.get();
@@ -131,7 +135,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                    });
     });
   });
-  return {out, lse};
+  return {out, lse, peak_sum};
 }
 
 Tensor gradient_like(const Tensor& tensor, bool wanted) {
@@ -143,7 +147,7 @@ Tensor gradient_like(const Tensor& tensor, bool wanted) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
-    const Tensor& prefix_value, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+    const Tensor& prefix_value, const Tensor& out, const Tensor& peak_sum, const Tensor& cu_seqlens,
     const std::optional<Tensor>& prefix_index, int64_t prompt_rows, bool is_causal, double scale, int64_t window,
     bool prefix_in_window, bool needs_query, bool needs_key, bool needs_value, bool needs_prefix_key,
     bool needs_prefix_value) {
@@ -165,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     inputs.hand_to<T>(call);
     call.out = rows_of<T>(out);
     call.grad = rows_of<T>(grad);
-    call.lse = lse.const_data_ptr<A>();
+    call.peak_sum = reinterpret_cast<const PeakSum<A>*>(peak_sum.const_data_ptr<A>());
     call.grad_query = new_rows_of<T>(grad_query);
     call.grad_key = new_rows_of<T>(grad_key);
     call.grad_value = new_rows_of<T>(grad_value);

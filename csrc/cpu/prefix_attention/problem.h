@@ -24,12 +24,19 @@ struct Block {
   int32_t first, last;  // rows
 };
 
+// What the backward needs of a row's scores to find the very weights of the forward: their log-sum-exp alone is rounded
+// to the size of the scores.
+template <typename A>
+struct PeakSum {
+  A peak, sum;  // the greatest product of query and key, and the sum of e^(score - greatest)
+};
+
 struct Problem {
   const Segment* segments;
   int64_t heads, kv_heads, dim, entries, prefix;  // H, Hkv, D, N, P
   bool is_causal, prefix_in_window;
-  int64_t window;  // as transformers counts; -1: none
-  double scale;
+  int64_t window;  // as transformers counts, of any size; -1: none
+  double scale;    // positive
 
   int64_t group() const { return heads / kv_heads; }
 
@@ -44,7 +51,7 @@ struct Problem {
     if (window >= 0) {
       const int64_t reach = is_causal ? window - 1 : window;
       if (i - reach > begin) begin = i - reach;
-      if (!is_causal && i + reach + 1 < end) end = i + reach + 1;
+      if (!is_causal && reach < end - i - 1) end = i + reach + 1;
     }
     return {begin, end};
   }

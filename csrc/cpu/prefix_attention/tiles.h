@@ -38,10 +38,10 @@ inline int64_t padded(int64_t n) {
   return (n + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
-// 2^x for x <= 0.
-inline V<float> exp2_nonpositive(V<float> x) { return exp2_bounded<Vector<float>::bits>(x); }
+// 2^min(x, 0).
+inline V<float> exp2_nonpositive(V<float> x) { return exp2_bounded<Vector<float>::bits, 0>(x); }
 inline V<double> exp2_nonpositive(V<double> x) {
-  for (int64_t k = 0; k < kLanes<double>; ++k) x[k] = __builtin_exp2(x[k]);
+  for (int64_t k = 0; k < kLanes<double>; ++k) x[k] = __builtin_exp2(x[k] > 0 ? 0.0 : x[k]);
   return x;
 }
 template <typename A>
@@ -177,16 +177,16 @@ inline A dot(const T* a, const T* b, int64_t dim) {
   return total;
 }
 
-// Row r of column panels from a row of T, times a factor.
+// Row r of column panels from a row of T.
 template <typename T, typename A>
-inline void pack_row(const T* from, int64_t dim, A* panels, int64_t rows, int64_t r, A factor) {
+inline void pack_row(const T* from, int64_t dim, A* panels, int64_t rows, int64_t r) {
   A* to = panels + r * kPanel<A>;
   for (int64_t d = 0; d < dim; d += kPanel<A>, from += kPanel<A>, to += rows * kPanel<A>) {
     if (dim - d >= kPanel<A>) {
-      vec(to) = load_as<T, A>(from) * factor;
-      vec(to + kLanes<A>) = load_as<T, A>(from + kLanes<A>) * factor;
+      vec(to) = load_as<T, A>(from);
+      vec(to + kLanes<A>) = load_as<T, A>(from + kLanes<A>);
     } else {
-      for (int64_t k = 0; k < kPanel<A>; ++k) to[k] = d + k < dim ? static_cast<A>(from[k]) * factor : A(0);
+      for (int64_t k = 0; k < kPanel<A>; ++k) to[k] = d + k < dim ? static_cast<A>(from[k]) : A(0);
     }
   }
 }
@@ -269,5 +269,5 @@ inline void pack_transposed(const T* from, int64_t stride, int64_t count, int64_
 // Column panels of `count` rows of T, with room for `rows`; those beyond count are left as they are.
 template <typename T, typename A>
 inline void pack_columns(const T* from, int64_t stride, int64_t count, int64_t dim, A* to, int64_t rows) {
-  for (int64_t j = 0; j < count; ++j) pack_row<T, A>(from + j * stride, dim, to, rows, j, A(1));
+  for (int64_t j = 0; j < count; ++j) pack_row<T, A>(from + j * stride, dim, to, rows, j);
 }

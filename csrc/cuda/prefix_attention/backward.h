@@ -13,7 +13,7 @@ struct Backward {
   Problem problem;
   Rows<const T> grad, query, key, value, out;
   Bank<const T> prefix_key, prefix_value;
-  const float* lse;                            // (T, H)
+  const PeakSum* peak_sum;                     // (T, H)
   T *grad_query, *grad_key, *grad_value;       // (T, H, D), (T, Hkv, D); each null where it is not needed
   float* query_sums;                           // (T, H, D), for rows that see more than one tile of keys
   float *prefix_key_sums, *prefix_value_sums;  // (splits, N, Hkv, P, D); each null where it is not needed
@@ -27,12 +27,13 @@ struct BackwardTiles {
   using RowTile = Tile<T, kRows, kFeatures>;
   using ScoreTile = Tile<T, kKeys, kRows>;
   static constexpr int kBytes =
-      2 * KeyTile::kBytes + 2 * RowTile::kBytes + ScoreTile::kBytes + kRows * (2 * sizeof(float) + sizeof(int));
+      2 * KeyTile::kBytes + 2 * RowTile::kBytes + ScoreTile::kBytes + kRows * (3 * sizeof(float) + sizeof(int));
   KeyTile key{static_cast<T*>(shared_memory())}, value{key.end()};
   RowTile query{value.end()}, grad{query.end()};
-  ScoreTile grad_score{grad.end()};                         // transposed
-  float* lse = reinterpret_cast<float*>(grad_score.end());  // in units of ln 2
-  float* delta = lse + kRows;
+  ScoreTile grad_score{grad.end()};  // transposed
+  float* peak = reinterpret_cast<float*>(grad_score.end());
+  float* log_sum = peak + kRows;  // in units of ln 2
+  float* delta = log_sum + kRows;
   int* position = reinterpret_cast<int*>(delta + kRows);
 };
 
@@ -77,7 +78,8 @@ class BackwardBlock {
   __device__ void clear(float* sums) const {
     if (sums == nullptr) return;
     for (int entry = 0; entry < problem_.entries; ++entry)
-      for (int i = threadIdx.x; i < problem_.prefix * features_; i += kThreads) sums[prefix_offset(entry) + i] = 0;
+      for (int64_t i = threadIdx.x; i < int64_t{problem_.prefix} * features_; i += kThreads)
+        sums[prefix_offset(entry) + i] = 0;
   }
 
   __device__ void run_segment() {
@@ -139,10 +141,12 @@ class BackwardBlock {
     if (threadIdx.x % kLanes != 0) return;
     tiles_.delta[r] = delta;
     tiles_.position[r] = row / group_;
-    tiles_.lse[r] = row < rows ? call_.lse[lse_index(row)] * kLog2E : 0;
+    const PeakSum of_row = row < rows ? call_.peak_sum[row_index(row)] : PeakSum{0, 1};
+    tiles_.peak[r] = of_row.peak;
+    tiles_.log_sum[r] = log2f(of_row.sum);
   }
 
-  __device__ int64_t lse_index(int row) const {
+  __device__ int64_t row_index(int row) const {
     return int64_t{segment_.begin + row / group_} * problem_.heads + head_ * group_ + row % group_;
   }
 
@@ -189,7 +193,9 @@ class BackwardBlock {
       for (int i = 0; i < 4; ++i) {
         const int row = 8 * n + column + i % 2;
         const bool seen = problem_.sees(tiles_.position[row], first + key + i / 2 * 8, segment_.length);
-        weight[n][i] = seen ? power_of_two(weight[n][i] * (problem_.scale * kLog2E) - tiles_.lse[row]) : 0;
+        // However the products were rounded this time, none is above the peak; NaN stays NaN.
+        const float below = weight[n][i] - fmaxf(weight[n][i], tiles_.peak[row]);
+        weight[n][i] = seen ? power_of_two(below * (problem_.scale * kLog2E) - tiles_.log_sum[row]) : 0;
       }
     if (call_.grad_value || call_.prefix_value_sums) add_product(grad_value, weight, tiles_.grad);
     if (!needs_score_) return;
@@ -228,7 +234,7 @@ class BackwardBlock {
     for (int h = 0; h < 2; ++h) {
       const int r = first_row + row + lane_id() / 4 + 8 * h;
       if (r >= rows) continue;
-      const int64_t offset = lse_index(r) * features_ + feature + lane_id() % 4 * 2;
+      const int64_t offset = row_index(r) * features_ + feature + lane_id() % 4 * 2;
 #pragma unroll
       for (int d = 0; d < kPart / 8; ++d) {
         if (feature + 8 * d >= features_) break;

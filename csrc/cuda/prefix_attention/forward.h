@@ -13,7 +13,8 @@ struct Forward {
   Rows<const T> query, key, value;
   Bank<const T> prefix_key, prefix_value;
   Rows<T> out;
-  float* lse;  // (T, H)
+  float* lse;         // (T, H)
+  PeakSum* peak_sum;  // (T, H)
 };
 
 template <typename T, int kFeatures>
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
     }
 
   const float scale = problem.scale * kLog2E;
-  float peak[2] = {-1e30f, -1e30f}, total[2] = {0, 0};  // finite: a tile may hide all its keys from a row
+  float peak[2] = {kLowest, kLowest}, total[2] = {0, 0};  // finite: a tile may hide all its keys from a row
   float out[kFeatures / 8][4] = {};
   const int low = first_row / group, high = min(rows - 1, first_row + kForwardRows - 1) / group;
   const int last_tile = problem.last_tile(high, length);
@@ -92,19 +93,20 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
 #pragma unroll
         for (int i = 2 * h; i < 2 * h + 2; ++i) {
           const bool seen = problem.sees(position[h], first + 8 * n + column + i % 2, length);
-          score[n][i] = seen ? score[n][i] * scale : -INFINITY;
+          score[n][i] = seen ? score[n][i] : -INFINITY;
           highest = fmaxf(highest, score[n][i]);
         }
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-      const float shrink = power_of_two(peak[h] - highest);
+      // Differences first: a score times the scale is rounded to its own size.
+      const float shrink = power_of_two((peak[h] - highest) * scale);
       peak[h] = highest;
       total[h] *= shrink;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          score[n][i] = power_of_two(score[n][i] - highest);
+          score[n][i] = power_of_two((score[n][i] - highest) * scale);
           total[h] += score[n][i];
         }
 #pragma unroll
@@ -138,7 +140,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
 #pragma unroll
     for (int d = 0; d < kFeatures / 8; ++d)
       if (8 * d < features) store_pair(to + 8 * d, out[d][2 * h] / total[h], out[d][2 * h + 1] / total[h]);
-    if (column == 0) call.lse[row * problem.heads + head[h]] = (peak[h] + log2f(total[h])) * kLn2;
+    if (column == 0) {
+      call.lse[row * problem.heads + head[h]] = peak[h] * problem.scale + log2f(total[h]) * kLn2;
+      call.peak_sum[row * problem.heads + head[h]] = {peak[h], total[h]};
+    }
   }
 }
 

@@ -14,7 +14,8 @@ namespace fastprompt::prefix_attention {
 
 constexpr int kWarps = 4, kWarpSize = 32, kThreads = kWarps * kWarpSize;
 constexpr int kKeys = 64;                                                  // of a tile
-constexpr int kFar = 1 << 30;                                              // further than any segment is long
+constexpr int kFar = 1000000000;                                           // further than any segment is long
+constexpr float kLowest = -3.4028234e38f;                                  // a score below all others, and finite
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;  // the hardware's exponential is exp2
 
 __device__ inline int lane_id() { return threadIdx.x % kWarpSize; }
@@ -34,6 +35,12 @@ struct Bank {
   T* data;
   int64_t entry_stride, head_stride, row_stride;
   __device__ T* at(int64_t entry, int64_t head) const { return data + entry * entry_stride + head * head_stride; }
+};
+
+// What the backward needs of a row's scores to find the very weights of the forward: their log-sum-exp alone is rounded
+// to the size of the scores.
+struct alignas(8) PeakSum {
+  float peak, sum;  // the greatest product of query and key, and the sum of e^(score - greatest)
 };
 
 struct Segment {
@@ -61,7 +68,7 @@ struct Problem {
   int segments, heads, kv_heads, features, entries, prefix;
   int back, ahead;  // how far behind and ahead of its own position a row sees
   bool prefix_in_window;
-  float scale;
+  float scale;  // positive
 
   __device__ int group() const { return heads / kv_heads; }
 

@@ -1,6 +1,7 @@
 """prefix_attention: packed, ragged attention in which every segment also reads a learned prefix."""
 
 import importlib.util
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ NATIVE_DTYPES = {
     "cuda": (torch.bfloat16, torch.float16),
 }
 LARGEST_CUDA_HEAD = 128
+LARGEST = 10**9  # rows times heads, and prefix: kernels count both in 32 bits, together or twice
+SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e38  # between them, and after a factor of a few, are float32's normal numbers
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
 
 
@@ -59,38 +62,41 @@ def prefix_attention(
             (causal only). They attend causally to each other, and their keys and values are the prefix of every
             segment; T then counts them, and cu_seqlens bounds the segments among the rows after them.
         is_causal: rows see no later rows of their segment.
-        scale: of the scores; None is D ** -0.5.
-        window: row i sees rows j with i - j < window (causal) or |i - j| <= window (not causal), as transformers.
+        scale: of the scores, a number up to 1e38, negative or 0 as well; None is D ** -0.5.
+        window: row i sees rows j with i - j < window (causal) or |i - j| <= window (not causal), as transformers. It
+            may be of any size.
         softcap: c, scores become c * tanh(s / c).
         prefix_in_window: the prefix stands at positions -P..-1 under the window; by default every row sees it all.
         dropout_p: probability with which attention weights are dropped (and the rest scaled up).
         return_lse: also return the log-sum-exp of the scores, (T, H) float32 (float64 for float64), not differentiable.
         backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
             multiple of 16 up to 128, on GPUs; no softcap, no dropout), "triton" (GPUs), "cpu" (PyTorch's flash kernels,
-            CPU only, no softcap, no dropout) or "reference".
+            CPU only, no softcap, no dropout) or "reference". Only the last has second derivatives; another raises a
+            RuntimeError where one is asked for.
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
 
     Raises:
-        TypeError: cu_seqlens or prefix_index of another dtype.
+        TypeError: cu_seqlens or prefix_index of another dtype, an option that is no number.
         ValueError: a shape, dtype, device or option that does not fit.
         IndexError: a value of prefix_index out of range (on the CPU; on a GPU values are not read on the host).
             All name the argument, before anything is computed.
     """
+    prompt_rows = _integer("prompt_rows", prompt_rows)
+    window = None if window is None else _window(window, is_causal)
+    scale = None if scale is None else _scale(scale)
+    softcap = None if softcap is None else _softcap(softcap)
+    dropout_p = _real("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if prompt_rows:
         prefix_key, prefix_value = _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_causal)
     elif prefix_key is None or prefix_value is None:
         raise ValueError("prefix_key and prefix_value must be given, or prompt_rows, got None and 0")
     backend = _choose(backend, query, softcap, dropout_p)
     _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, backend != "native")
-    if window is not None and window < (1 if is_causal else 0):
-        raise ValueError(f"window must be at least {1 if is_causal else 0}, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    query, scale = _with_positive_scale(query, scale)
     options = is_causal, scale, window, softcap, prefix_in_window, dropout_p
     if backend == "native" and query.device.type == "cpu":
         result = native.prefix_attention(
@@ -127,6 +133,48 @@ def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p
     return backend
 
 
+def _integer(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value) if isinstance(value, Integral) else value
+
+
+def _real(name: str, value: float) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _window(window: int, is_causal: bool) -> int | None:
+    window, least = _integer("window", window), 1 if is_causal else 0
+    if window < least:
+        raise ValueError(f"window must be at least {least}, got {window}")
+    return window if window < LARGEST else None  # no segment is longer: it cuts nothing
+
+
+def _softcap(softcap: float) -> float | None:
+    softcap = _real("softcap", softcap)
+    if not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    return max(softcap, SMALLEST_SCALE) if softcap < LARGEST_SCALE else None  # all weights alike, or as without
+
+
+def _scale(scale: float) -> float:
+    scale = _real("scale", scale)
+    if not abs(scale) <= LARGEST_SCALE:
+        raise ValueError(f"scale must be at most {LARGEST_SCALE}, positive or negative, got {scale}")
+    return scale
+
+
+def _with_positive_scale(query: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """Of the same scores, for kernels that look for the greatest, and hide some by -inf, before they scale them."""
+    if scale is None:
+        return query, query.shape[-1] ** -0.5
+    if abs(scale) < SMALLEST_SCALE:
+        return query * scale, 1.0
+    return (query, scale) if scale > 0 else (-query, -scale)
+
+
 def _why_not_native(query: Tensor) -> str | None:
     device, features = query.device.type, query.shape[-1]
     if query.dtype not in NATIVE_DTYPES[device]:
@@ -154,10 +202,6 @@ def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefi
     if backend == "native":
         return native.prefix_attention(*tensors, is_causal, scale, window, prefix_in_window)
     if backend == "cpu":
-        if scale < 0:  # the kernels hide a score by -inf before they scale it
-            query, scale = -query, -scale
-        elif scale == 0:
-            query, scale = query * 0, 1.0
         return cpu.prefix_attention(query, *tensors[1:], is_causal, scale, window, prefix_in_window)
     output, lse = reference.prefix_attention(*tensors, *options)
     return output, lse.detach()
@@ -166,7 +210,8 @@ def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefi
 def _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options) -> tuple[Tensor, Tensor]:
     """The prompt's rows and the text's apart, where the backend does not take both at once."""
     own, text = slice(None, prompt_rows), slice(prompt_rows, None)
-    bounds = torch.tensor([0, prompt_rows], dtype=torch.int32, device=query.device)
+    bounds = cu_seqlens.new_zeros(2)
+    bounds[1:].fill_(prompt_rows)  # where the others are: on the device, nobody waits, and fakes stay fakes
     nothing = key.new_empty(1, key.shape[1], 0, key.shape[2])
     first = _run(backend, query[own], key[own], value[own], nothing, nothing, bounds, None, *options)
     prefix = (x[own].transpose(0, 1).unsqueeze(0) for x in (key, value))
@@ -199,6 +244,10 @@ def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
         )
     kv_heads = key.shape[1]
     entries, _, prefix, _ = prefix_key.shape
+    if rows * heads > LARGEST:
+        raise ValueError(f"query must have at most {LARGEST} rows times heads, got {rows} times {heads}")
+    if prefix > LARGEST:
+        raise ValueError(f"prefix_key must be of at most {LARGEST} rows, got {prefix}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {kv_heads}")
     token_shape, prefix_shape = (rows, kv_heads, features), (entries, kv_heads, prefix, features)

@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from fastprompt.ops._autograd import once_differentiable
 from fastprompt.ops._checks import check_cu_seqlens, check_indices
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -188,6 +189,8 @@ def _backward_formula(ctx, grad_out, grad_lse):
     return *wanted, None, None, None, None, None, None
 
 
-_prefix_attention.register_autograd(_backward_formula, setup_context=_setup_context)
+_prefix_attention.register_autograd(
+    once_differentiable("prefix_attention", _backward_formula), setup_context=_setup_context
+)
 
 prefix_attention = _prefix_attention

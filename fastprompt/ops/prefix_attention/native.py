@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
+from fastprompt.ops._autograd import once_differentiable
+
 _forward = torch.ops.fastprompt.prefix_attention.default
 _backward = torch.ops.fastprompt.prefix_attention_backward.default
 NO_WINDOW = -1
 
 
 @torch.library.register_fake("fastprompt::prefix_attention")
-def _(query: Tensor, *_) -> tuple[Tensor, Tensor]:
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate)
+def _(query: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    accumulate, rows = torch.promote_types(query.dtype, torch.float32), query.shape[:2]
+    lse, peak_sum = (query.new_empty(shape, dtype=accumulate) for shape in (rows, (*rows, 2)))
+    return query.new_empty(query.shape), lse, peak_sum
 
 
 @torch.library.register_fake("fastprompt::prefix_attention_backward")
@@ -20,14 +23,15 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tenso
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
+    out, lse, peak_sum = output
+    ctx.mark_non_differentiable(lse, peak_sum)
     ctx.set_materialize_grads(False)  # nobody needs zeros for the log-sum-exp
-    ctx.save_for_backward(query, key, value, prefix_key, prefix_value, *output, cu_seqlens, prefix_index)
+    ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, peak_sum, cu_seqlens, prefix_index)
 
 
-def _differentiate(ctx, grad: Tensor | None, _) -> tuple:
+def _gradients(ctx, grad: Tensor | None, *_) -> tuple:
     if grad is None:
         return (None,) * 12
     needs = ctx.needs_input_grad[:5]
@@ -35,6 +39,7 @@ def _differentiate(ctx, grad: Tensor | None, _) -> tuple:
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7
 
 
+_differentiate = once_differentiable("prefix_attention", _gradients)
 torch.library.register_autograd("fastprompt::prefix_attention", _differentiate, setup_context=_save)
 
 
@@ -42,7 +47,7 @@ class _PrefixAttention(torch.autograd.Function):
     """The same as the registered autograd, at less cost per call."""
 
     @staticmethod
-    def forward(ctx, *inputs) -> tuple[Tensor, Tensor]:
+    def forward(ctx, *inputs) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():  # not the registered autograd inside of this one
             output = _forward(*inputs)
         _save(ctx, inputs, output)
@@ -70,4 +75,4 @@ def prefix_attention(
     return run(
         *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
         *(prompt_rows, is_causal, scale, window, prefix_in_window),
-    )
+    )[:2]

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from fastprompt.ops import _triton
+from fastprompt.ops._autograd import once_differentiable
 from fastprompt.ops._triton import block_of, precision, readable
 
 from . import triton_backward as backward_kernels
@@ -91,9 +92,9 @@ def _prefix_attention(
     softcap: float | None,
     prefix_in_window: bool,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     tensors = [readable(x) for x in (query, key, value, prefix_key, prefix_value)]
-    out, lse = _outputs(tensors[0])
+    out, lse, peak_sum = _outputs(tensors[0])
     tokens, heads, features = query.shape
     kv_heads, prefix = key.shape[1], prefix_key.shape[2]
     typical, typical_rows = _typical(query, key, cu_seqlens)
@@ -102,7 +103,7 @@ def _prefix_attention(
     if tokens:
         with torch.cuda.device_of(query):
             forward_kernels.forward_kernel[(slots, kv_heads)](
-                *(*tensors, cu_seqlens, prefix_index, seed, out, lse, _strides(*tensors)),
+                *(*tensors, cu_seqlens, prefix_index, seed, out, lse, peak_sum, _strides(*tensors)),
                 *(cu_seqlens.shape[0] - 1, prefix, scale, _reach(window, is_causal), softcap, dropout_p),
                 GROUP=heads // kv_heads,
                 CAUSAL=is_causal,
@@ -110,12 +111,14 @@ def _prefix_attention(
                 PRECISION=precision(),
                 **config,
             )
-    return out.to(query.dtype), lse
+    return out.to(query.dtype), lse, peak_sum
 
 
-def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """out (T, H, D), log-sum-exp (T, H), not yet filled."""
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+def _outputs(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """out (T, H, D), log-sum-exp (T, H), peak and sum (T, H, 2), not yet filled."""
+    rows = query.shape[:2]
+    lse, peak_sum = (query.new_empty(shape, dtype=torch.float32) for shape in (rows, (*rows, 2)))
+    return query.new_empty(query.shape), lse, peak_sum
 
 
 @_prefix_attention.register_fake
@@ -132,7 +135,7 @@ def _prefix_attention_backward(
     prefix_key: Tensor,
     prefix_value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    peak_sum: Tensor,
     cu_seqlens: Tensor,
     prefix_index: Tensor | None,
     seed: Tensor | None,
@@ -159,7 +162,7 @@ def _prefix_attention_backward(
     reach = _reach(window, is_causal)
     options = scale, reach, softcap, dropout_p
     constants = dict(GROUP=group, PRECISION=precision())
-    delta = torch.empty_like(lse)
+    delta = peak_sum.new_empty(peak_sum.shape[:2])
     with torch.cuda.device_of(query):
         if tokens:
             backward_kernels.delta_kernel[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
@@ -170,7 +173,7 @@ def _prefix_attention_backward(
             config = configuration("query", features, query.dtype, typical_rows, max(typical, prefix))
             tensors = query, key, value, prefix_key, prefix_value
             backward_kernels.query_kernel[(_slots(tokens * group, config["ROWS"], cu_seqlens), kv_heads)](
-                *(grad, *tensors, cu_seqlens, prefix_index, seed, lse, delta, grads[0]),
+                *(grad, *tensors, cu_seqlens, prefix_index, seed, peak_sum, delta, grads[0]),
                 *(grad.stride()[:-1], _strides(*tensors), segments, prefix, *options),
                 CAUSAL=is_causal,
                 PREFIX_IN_WINDOW=prefix_in_window,
@@ -181,7 +184,7 @@ def _prefix_attention_backward(
             config = configuration("columns", features, query.dtype, typical_rows, typical)
             tensors = query, key, value
             backward_kernels.key_value_kernel[(_slots(tokens, config["COLUMNS"], cu_seqlens), kv_heads)](
-                *(grad, *tensors, cu_seqlens, seed, lse, delta, *grads[1:3]),
+                *(grad, *tensors, cu_seqlens, seed, peak_sum, delta, *grads[1:3]),
                 *(grad.stride()[:-1], _strides(*tensors), segments, *options),
                 CAUSAL=is_causal,
                 **constants,
@@ -191,7 +194,7 @@ def _prefix_attention_backward(
             config = configuration("columns", features, query.dtype, tokens * group, prefix)
             window_reach = reach if prefix_in_window else None
             _prefix_gradients(
-                *(grad, query, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, lse, delta, grads[3:]),
+                *(grad, query, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, peak_sum, delta, grads[3:]),
                 *((scale, window_reach, softcap, dropout_p), constants, config),
             )
     return tuple(x.to(dtype) for x in grads)
@@ -205,7 +208,7 @@ def _prefix_gradients(
     cu_seqlens: Tensor,
     prefix_index: Tensor | None,
     seed: Tensor | None,
-    lse: Tensor,
+    peak_sum: Tensor,
     delta: Tensor,
     grads: tuple[Tensor, Tensor],
     options: tuple,
@@ -228,7 +231,7 @@ def _prefix_gradients(
         row_segment = torch.searchsorted(cu_seqlens[1:], token, right=True, out_int32=True)
     tensors = query, prefix_key, prefix_value
     backward_kernels.prefix_kernel[(triton.cdiv(prefix, config["COLUMNS"]), entries * kv_heads, splits)](
-        *(grad, *tensors, cu_seqlens, prefix_index, row_segment, seed, lse, delta, parts[0], parts[1]),
+        *(grad, *tensors, cu_seqlens, prefix_index, row_segment, seed, peak_sum, delta, parts[0], parts[1]),
         *(grad.stride()[:-1], _strides(*tensors), rows, rows_per_split, kv_heads, prefix, *options),
         **constants,
         **config,
@@ -254,11 +257,12 @@ def _(grad, query, key, value, prefix_key, prefix_value, *rest):
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, prefix_index, seed = inputs[:8]
     ctx.options = inputs[8:]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors[:5], *output, *tensors[5:], prefix_index, seed)
+    out, lse, peak_sum = output
+    ctx.mark_non_differentiable(lse, peak_sum)
+    ctx.save_for_backward(*tensors[:5], out, peak_sum, *tensors[5:], prefix_index, seed)
 
 
-def _backward_formula(ctx, grad_out, grad_lse):
+def _backward_formula(ctx, grad_out, *_):
     need = ctx.needs_input_grad
     needs = need[0], need[1] or need[2], need[3] or need[4]
     grads = _prefix_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *needs)
@@ -266,7 +270,9 @@ def _backward_formula(ctx, grad_out, grad_lse):
     return *wanted, *[None] * (len(need) - 5)
 
 
-_prefix_attention.register_autograd(_backward_formula, setup_context=_setup_context)
+_prefix_attention.register_autograd(
+    once_differentiable("prefix_attention", _backward_formula), setup_context=_setup_context
+)
 
 
 def why_not(query: Tensor) -> str | None:
@@ -296,8 +302,8 @@ def prefix_attention(
         raise ValueError(f"backend 'triton' {reason}")
     seed = None
     if dropout_p > 0:  # drawn on the device, which nobody then waits for: a graph that is replayed draws anew
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
+        seed = cu_seqlens.new_empty(1, dtype=torch.int64).random_(2**62)
     return _prefix_attention(
         *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed),
         *(is_causal, scale, window, softcap, prefix_in_window, dropout_p),
-    )
+    )[:2]

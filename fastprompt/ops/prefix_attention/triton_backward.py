@@ -7,17 +7,18 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import (
-    LOG2E,
     column_tiles,
     find_tile,
     kept,
+    load_peak_sum,
     load_rows,
-    power,
     row_offsets,
     scores,
     source,
     store_rows,
+    unit_of,
     visible,
+    weights,
 )
 
 
@@ -52,7 +53,7 @@ def query_kernel(
     cu_seqlens,
     prefix_index,
     seed,
-    lse,
+    peak_sum,
     delta,
     grad_query,
     grad_strides,
@@ -77,14 +78,13 @@ def query_kernel(
     segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
     if first_row >= length * GROUP:
         return
-    FOLDED: tl.constexpr = query.dtype.element_ty != tl.float32
     kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP
     row = first_row + tl.arange(0, ROWS)
     valid = row < length * GROUP
     position, head = row // GROUP, kv_head * GROUP + row % GROUP
     q = load_rows(query, row_offsets(begin + position, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
     do = load_rows(grad, row_offsets(begin + position, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
-    row_lse = tl.load(lse + (begin + position) * heads + head, mask=valid, other=0.0) * (LOG2E if FOLDED else 1.0)
+    peak, log_sum = load_peak_sum(peak_sum, (begin + position) * heads + head, valid)
     row_delta = tl.load(delta + (begin + position) * heads + head, mask=valid, other=0.0)
 
     entry = segment * 0
@@ -118,9 +118,9 @@ def query_kernel(
             FEATURES,
             FEATURES_BLOCK,
         )
-        score, slope = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLDED)
+        score, slope = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
         seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
-        weight = tl.where(seen, power(score - row_lse[:, None], FOLDED), 0.0)
+        weight = tl.where(seen, weights(score, unit_of(scale, softcap), peak[:, None], log_sum[:, None]), 0.0)
         grad_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if seed is not None:
             keep = kept(seed, (begin + position) * heads + head, first, prefix, dropout_p, ROWS, COLUMNS)
@@ -140,7 +140,7 @@ def add_rows(
     first_column,
     grad,
     query,
-    lse,
+    peak_sum,
     delta,
     grad_strides,
     query_strides,
@@ -168,13 +168,12 @@ def add_rows(
     Rows that are not `valid` give zero, as their query, grad and delta are. A column past the last has any value at
     all, which goes nowhere.
     """
-    FOLDED: tl.constexpr = query.dtype.element_ty != tl.float32
     q = load_rows(query, row_offsets(token, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
     do = load_rows(grad, row_offsets(token, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
-    row_lse = tl.load(lse + token * heads + head, mask=valid, other=0.0) * (LOG2E if FOLDED else 1.0)
+    peak, log_sum = load_peak_sum(peak_sum, token * heads + head, valid)
     row_delta = tl.load(delta + token * heads + head, mask=valid, other=0.0)
-    score, slope = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, FOLDED)
-    weight = power(score - row_lse[None, :], FOLDED)
+    score, slope = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
+    weight = weights(score, unit_of(scale, softcap), peak[None, :], log_sum[None, :])
     if CAUSAL or reach is not None:
         column = first_column + tl.arange(0, COLUMNS)
         weight = tl.where(visible(position[None, :], column[:, None], length, reach, CAUSAL, True), weight, 0.0)
@@ -198,7 +197,7 @@ def key_value_kernel(
     value,
     cu_seqlens,
     seed,
-    lse,
+    peak_sum,
     delta,
     grad_key,
     grad_value,
@@ -239,7 +238,7 @@ def key_value_kernel(
         row = first_row + tl.arange(0, ROWS)
         position, head = row // GROUP, kv_head * GROUP + row % GROUP
         sums_key, sums_value = add_rows(
-            *(sums_key, sums_value, k, v, first_column, grad, query, lse, delta, grad_strides, query_strides),
+            *(sums_key, sums_value, k, v, first_column, grad, query, peak_sum, delta, grad_strides, query_strides),
             *(begin + position, head, kv_heads * GROUP, position, row < end * GROUP, seed, length, 0),
             *(scale, reach, softcap, dropout_p),
             *(FEATURES, FEATURES_BLOCK, CAUSAL, PRECISION, ROWS, COLUMNS),
@@ -259,7 +258,7 @@ def prefix_kernel(
     prefix_index,
     row_segment,
     seed,
-    lse,
+    peak_sum,
     delta,
     grad_prefix_key,
     grad_prefix_value,
@@ -315,7 +314,7 @@ def prefix_kernel(
             some = tl.max(valid.to(tl.int32)) > 0
         if some:
             sums_key, sums_value = add_rows(
-                *(sums_key, sums_value, k, v, first_column, grad, query, lse, delta, grad_strides, query_strides),
+                *(sums_key, sums_value, k, v, first_column, grad, query, peak_sum, delta, grad_strides, query_strides),
                 *(token, head, kv_heads * GROUP, position, valid, seed, 0, prefix, scale, reach, softcap, dropout_p),
                 *(FEATURES, FEATURES_BLOCK, False, PRECISION, ROWS, COLUMNS),
             )

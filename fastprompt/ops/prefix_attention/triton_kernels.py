@@ -3,8 +3,10 @@
 The query heads of a group lie in one tile beside each other: "row" r of a segment is its token r // GROUP under query
 head r % GROUP of the group. So a group reads its keys and values once, and short segments fill their tiles.
 
-The hardware's exponential is exp2. Scores of 16-bit inputs are FOLDED: kept in units of ln 2, by one factor together
-with `scale`. Those of float32 are not, as the factor rounds before the difference is taken and that would show there.
+The hardware's exponential is exp2. A weight is that of a difference of products of queries and keys, times a factor, in
+this order: the factor would round products to their own size, and the difference would show it. The backward finds the
+very weights of the forward from each row's peak, its greatest product, and sum; from a log-sum-exp, which is rounded to
+the size of the scores, it could not.
 
 Arguments that are None (prefix_index, reach, softcap, seed) and GROUP, FEATURES, ... are constants of the compilation.
 """
@@ -14,6 +16,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234e38)
 SEARCHED = tl.constexpr(128)
 
 
@@ -70,20 +73,31 @@ def tanh(x):
 
 
 @triton.jit
-def scores(product, scale, softcap, FOLDED: tl.constexpr):
-    """Scores of the products q.k, in units of ln 2 if FOLDED, and their derivative but for `scale`."""
-    unit = LOG2E if FOLDED else 1.0
+def scores(product, scale, softcap):
+    """Scores of the products q.k, in what `unit_of` says, and their derivative but for `scale`."""
     if softcap is None:
-        return product * (scale * unit), 1.0
+        return product, 1.0
     else:  # not compiled then
-        capped = tanh(product * (scale / softcap))
-        return capped * (softcap * unit), 1.0 - capped * capped
+        capped = tanh(product * tl.minimum(scale / softcap, 1e38))  # of a product of 0 infinity would make NaN
+        return capped, 1.0 - capped * capped
 
 
 @triton.jit
-def power(score, FOLDED: tl.constexpr):
-    """exp of a difference of scores."""
-    return tl.exp2(score) if FOLDED else tl.exp(score)
+def unit_of(scale, softcap):
+    return scale if softcap is None else softcap
+
+
+@triton.jit
+def load_peak_sum(peak_sum, row, valid):
+    """Of rows (token * H + head): their peak, and their sum's logarithm in units of ln 2."""
+    peak = tl.load(peak_sum + 2 * row, mask=valid, other=0.0)
+    return peak, tl.log2(tl.load(peak_sum + 2 * row + 1, mask=valid, other=1.0))
+
+
+@triton.jit
+def weights(score, unit, peak, log_sum):
+    """Those that the forward has found. However products are rounded this time, none is above the peak."""
+    return tl.exp2((score - tl.maximum(score, peak)) * (unit * LOG2E) - log_sum)
 
 
 @triton.jit
@@ -161,6 +175,7 @@ def forward_kernel(
     seed,
     out,
     lse,
+    peak_sum,
     strides,
     segments,
     prefix,
@@ -177,12 +192,11 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out (T, H, D) and log-sum-exp (T, H) of one tile of rows. Grid: (slots, Hkv)."""
+    """out (T, H, D), log-sum-exp (T, H), peak and sum (T, H, 2) of one tile of rows. Grid: (slots, Hkv)."""
     query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides = strides
     segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
     if first_row >= length * GROUP:
         return
-    FOLDED: tl.constexpr = query.dtype.element_ty != tl.float32
     kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP
     row = first_row + tl.arange(0, ROWS)
     valid = row < length * GROUP
@@ -200,7 +214,8 @@ def forward_kernel(
     first_tile, prefix_tiles, first_column, tiles = column_tiles(
         low, high, length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
     )
-    peak = tl.full((ROWS,), -1e30, dtype=tl.float32)  # finite: a tile may hide all its columns from a row
+    peak = tl.full((ROWS,), LOWEST, dtype=tl.float32)  # finite: a tile may hide all its columns from a row
+    unit = unit_of(scale, softcap)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     sums = tl.zeros((ROWS, FEATURES_BLOCK), dtype=tl.float32)
     for tile in range(first_tile, tiles):
@@ -222,12 +237,12 @@ def forward_kernel(
             FEATURES,
             FEATURES_BLOCK,
         )
-        score, _ = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLDED)
+        score, _ = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
         seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
-        weight = power(score - higher[:, None], FOLDED)
-        shrink = power(peak - higher, FOLDED)
+        weight = tl.exp2((score - higher[:, None]) * (unit * LOG2E))
+        shrink = tl.exp2((peak - higher) * (unit * LOG2E))
         total = total * shrink + tl.sum(weight, 1)
         peak = higher
         if seed is not None:
@@ -240,5 +255,7 @@ def forward_kernel(
         norm = norm / (1.0 - dropout_p)
     written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
     store_rows(out, written, valid, sums * norm[:, None], FEATURES, FEATURES_BLOCK)
-    row_lse = (peak + tl.log2(total)) * LN2 if FOLDED else peak + tl.log(total)
-    tl.store(lse + (begin + position) * heads + head, row_lse, mask=valid)
+    row = (begin + position) * heads + head
+    tl.store(lse + row, peak * unit + tl.log2(total) * LN2, mask=valid)
+    tl.store(peak_sum + 2 * row, peak, mask=valid)
+    tl.store(peak_sum + 2 * row + 1, total, mask=valid)
