@@ -14,10 +14,12 @@ def _flat(x: Tensor, before: int, after: int) -> Tensor:
     return F.pad(x.flatten(), (before, after), value=_poison(x))[before : before + x.numel()].view(x.shape)
 
 
-def _padded(x: Tensor) -> Tensor:
-    whole = F.pad(x, (1, 2) * x.ndim, value=_poison(x))
+def _padded(x: Tensor, before: int = 1, after: int = 2) -> Tensor:
+    """x within larger dimensions, `before` and `after` of the last."""
+    pads = [*[(1, 2)] * (x.ndim - 1), (before, after)]
+    whole = F.pad(x, [size for pair in reversed(pads) for size in pair], value=_poison(x))
     for dim, size in enumerate(x.shape):
-        whole = whole.narrow(dim, 1, size)
+        whole = whole.narrow(dim, pads[dim][0], size)
     return whole
 
 
@@ -34,6 +36,10 @@ LAYOUTS = {
     "chunk": lambda x: _flat(x, x.numel(), x.numel()),  # the middle of three equal parts
     "sliced": _sliced,
     "padded": _padded,
+    "aligned": lambda x: _padded(x, 16, 16),  # as padded, but rows may begin where vectors of 16 bytes do
+    "second dimension first": lambda x: (
+        _padded(x.transpose(0, 1).contiguous()).transpose(0, 1) if x.ndim > 1 else _sliced(x)
+    ),
     "transposed": lambda x: _padded(x.mT.contiguous()).mT if x.ndim > 1 else _sliced(x),
     "first dimension last": lambda x: _padded(x.movedim(0, -1).contiguous()).movedim(-1, 0),
     "expanded": lambda x: _flat(x[:1].contiguous(), 3, 5).expand_as(x) if len(x) else x,

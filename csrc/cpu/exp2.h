@@ -1,13 +1,12 @@
-// 2^x of one float or of a vector of them. It includes nothing: a file that is compiled once per
+// 2^x for x <= 127, of one float or of a vector of them. It includes nothing: a file that is compiled once per
 // instruction set includes it below the pragma that selects the set, inside a namespace of its own.
 
-// 2^min(x, kMost), kMost <= 127: a polynomial in the fraction, of relative error 2e-9 before rounding, with the
-// exponent added as bits. What is below 2^-126 becomes 0, NaN stays NaN. Branchless, so that loops over it vectorise.
-template <typename Bits, int kMost = 127, typename X>
+// A polynomial in the fraction, of relative error 2e-9 before rounding, with the exponent added as bits. What is below
+// 2^-126 becomes 0, NaN stays NaN. Branchless, so that loops over it vectorise.
+template <typename Bits, typename X>
 inline X exp2_bounded(X x) {
   const float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
   x = x < -127.0f ? X{} - 127.0f : x;
-  x = x > kMost * 1.0f ? X{} + kMost * 1.0f : x;
   const X shifted = x + kMagic;
   const X f = x - (shifted - kMagic);  // in [-0.5, 0.5]
   X p = f * 0.000153458121613f + 0.00133999311772f;

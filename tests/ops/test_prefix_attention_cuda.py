@@ -1,14 +1,14 @@
 """The CUDA C++ kernels of prefix_attention: on a GPU where there is one, and everywhere in tests/cuda_emulator."""
 
-import functools
 import itertools
 import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cuda_emulator import load_emulated
-from test_prefix_attention import MASKS, NAMES, check, inputs
+from layouts import LAYOUTS, in_layout
+from test_prefix_attention import MASKS, NAMES, check, in_layouts, inputs
+from test_prefix_attention_limits import check_without_slack, with_scores
 
 from fastprompt import _native
 from fastprompt.ops import prefix_attention
@@ -16,7 +16,7 @@ from fastprompt.ops import prefix_attention
 if not _native.available("cpu"):
     pytest.skip(str(_native.why_not("cpu")), allow_module_level=True)
 
-from fastprompt.ops.prefix_attention import _in_two_calls, native  # noqa: E402
+from fastprompt.ops.prefix_attention import _in_two_calls, _with_positive_scale, native  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Every list of lengths with every mask; the rest drawn, with a seed that lets nearly all pairs of values meet.
@@ -27,13 +27,6 @@ CASES = [
     (lengths, mask, *map(RNG.choice, REST), DTYPES[n % 2])
     for n, (lengths, mask) in enumerate(itertools.product(LENGTHS, MASKS))
 ]
-LAYOUTS = {
-    "as they are": lambda x: x,
-    "features last but one": lambda x: x.mT.contiguous().mT,
-    "rows unaligned": lambda x: F.pad(x, (0, 1))[..., :-1],
-    "start unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    "among NaN": lambda x: F.pad(x, (0, 16, 1, 1, 3, 9), value=torch.nan)[..., 3:-9, 1:-1, :-16],
-}
 
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -59,25 +52,39 @@ def setting():
     torch.use_deterministic_algorithms(was)
 
 
-def run(layout=LAYOUTS["as they are"], return_lse=True, backend=None, **args):
+def run(return_lse=True, backend=None, **args):
     """prefix_attention through csrc/cuda/: past the choice of backend, which on the CPU has other kernels."""
-    tensors = [layout(args[name]) for name in NAMES]
-    scale = tensors[0].shape[-1] ** -0.5 if args.get("scale") is None else args["scale"]
+    query, scale = _with_positive_scale(args["query"], args.get("scale"))
     options = args.get("is_causal", False), scale, args.get("window"), args.get("prefix_in_window", False)
-    return native.prefix_attention(*tensors, args["cu_seqlens"], args["prefix_index"], *options)
+    return native.prefix_attention(
+        query, *(args[name] for name in NAMES[1:]), args["cu_seqlens"], args["prefix_index"], *options
+    )
 
 
 @pytest.mark.parametrize("lengths, mask, prefix, features, heads, index, dtype", CASES)
 def test_values_and_gradients(device, lengths, mask, prefix, features, heads, index, dtype):
     args = inputs(lengths, prefix, features, heads, index=index, device=device, dtype=dtype)
-    check(args, run=functools.partial(run, LAYOUTS["among NaN"]), **mask)
+    check(in_layouts(args, "aligned"), run=run, **mask)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [-0.7, 30.0])
 def test_layouts_and_scales(device, layout, scale):
-    args = inputs([20, 3], 17, 16, (4, 2), device=device, dtype=torch.float16)
-    check(args, torch.ones_like, functools.partial(run, layout), scale=scale)
+    args = in_layouts(inputs([20, 3], 17, 16, (4, 2), device=device, dtype=torch.float16), layout)
+    check(args, lambda x: in_layout(torch.randn_like(x), layout), run, scale=scale)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e9, 1e30])
+def test_scores_of_any_size(device, size):
+    args = with_scores(inputs([9, 12], 5, 16, (4, 2), device=device, dtype=torch.bfloat16), size)
+    check_without_slack(args, run, is_causal=size == 1e9)
+
+
+def test_second_derivatives_are_refused(device):
+    args = inputs([3], 2, 16, device=device, dtype=torch.bfloat16)
+    (first,) = torch.autograd.grad(run(**args)[0].sum(), args["value"], create_graph=True)
+    with pytest.raises(RuntimeError, match="prefix_attention has no second derivative"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0], [0, 1]], ids=str)

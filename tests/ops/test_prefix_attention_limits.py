@@ -100,17 +100,22 @@ def test_dropout_of_nothing():
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e6, 1e9, 1e30])
 def test_scores_of_any_size(backend, size):
-    is_causal = size in (1e4, 1e9)
-    args = inputs([7, 9], prefix=5, features=16, heads=(4, 2), dtype=torch.float32)
+    args = with_scores(inputs([7, 9], prefix=5, features=16, heads=(4, 2), dtype=torch.float32), size)
+    check_without_slack(args, prefix_attention, is_causal=size in (1e4, 1e9), backend=backend)
+
+
+def with_scores(args, size):
+    """Scores of about that size, and equal ones: in a segment, in a prefix and in both."""
+    args = mapped(args, lambda x: x.clone())
     for name in "query", "key", "prefix_key":
         args[name].data *= size**0.5
-    args["key"].data[1::2] = args["key"].data[:-1:2]  # equal scores, in a segment, in a prefix and in both
+    args["key"].data[1::2] = args["key"].data[:-1:2]
     args["prefix_key"].data[:, :, 1] = args["prefix_key"].data[:, :, 0]
     args["prefix_key"].data[:, :, 2] = args["key"].data[0]
-    check_without_slack(args, lambda: prefix_attention(**args, is_causal=is_causal, backend=backend), is_causal)
+    return args
 
 
-def check_without_slack(args, run, is_causal):
+def check_without_slack(args, run, is_causal, **options):
     """Twice plain PyTorch's error and eps times the greatest sum of terms, none of it for the rounding of scores."""
     exact, grad = mapped(args, torch.Tensor.double), torch.randn_like(args["query"])
     want, plain, got = (
@@ -118,7 +123,7 @@ def check_without_slack(args, run, is_causal):
         for out, each in (
             (expected(exact, is_causal=is_causal)[0], exact),
             (expected(args, is_causal=is_causal)[0], args),
-            (run(), args),
+            (run(**args, is_causal=is_causal, return_lse=True, **options)[0], args),
         )
     )
     magnitudes = list(sums(exact, grad.double(), is_causal=is_causal))

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from layouts import LAYOUTS, in_layout
 
 triton = pytest.importorskip("triton")
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
@@ -208,19 +209,23 @@ def test_compile():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_strided_inputs():
-    packed = torch.randn(8, 3, 2, 16, device=DEVICE)  # (T, query/key/value, H, D), as fused projections give
-    bank = torch.randn(5, 2, 2, 16, device=DEVICE).permute(1, 2, 0, 3)  # (P, key/value, Hkv, D), as checkpoints hold it
-    cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
-    args = [*packed.unbind(1), bank[:1], bank[1:], cu_seqlens, None]
-    turned = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in args[:5]]
-    grad = torch.ones((), device=DEVICE).expand_as(args[0])
-    want = run(
-        backend.prefix_attention, [*(x.contiguous() for x in args[:5]), *args[5:]], options(), grad, torch.float32
+def test_layouts():
+    args = inputs([5, 3], kv_heads=2, entries=3)
+    grad = torch.randn_like(args[0])
+    want = run(backend.prefix_attention, args, options(), grad, torch.float32)
+    for layout in LAYOUTS.keys() - {"expanded"}:
+        moved = [in_layout(x, layout) for x in args]
+        got = run(backend.prefix_attention, moved, options(), in_layout(grad, layout), torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), layout
+    same = [x[:1].expand_as(x) for x in args[:5]] + args[5:]  # and a loss that is a plain sum
+    got, want = (
+        run(backend.prefix_attention, tensors, options(), grad, torch.float32)
+        for tensors, grad in (
+            (same, torch.ones((), device=DEVICE).expand_as(grad)),
+            ([x.contiguous() for x in same], torch.ones_like(grad)),
+        )
     )
-    for tensors in (args[:5], turned):
-        got = run(backend.prefix_attention, [*tensors, *args[5:]], options(), grad, torch.float32)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_what_is_refused():

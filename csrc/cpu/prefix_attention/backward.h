@@ -14,7 +14,8 @@ void pack_prefix_backward(const Backward<T, A>& call, int64_t entry, int64_t hea
 template <typename A>
 inline void differentiate(A* score, A* grad, int64_t count, A unit, A peak, A norm, A delta, bool with_grad) {
   for (int64_t j = 0; j < count; j += kLanes<A>) {
-    const V<A> weight = exp2_nonpositive((vec(score + j) - peak) * unit) * norm;
+    const V<A> below = vec(score + j) - peak;  // however products are rounded this time, none is above the peak
+    const V<A> weight = exp2_nonpositive((below > 0 ? V<A>{} : below) * unit) * norm;
     vec(score + j) = weight;
     if (with_grad) vec(grad + j) = weight * (vec(grad + j) - delta);
   }

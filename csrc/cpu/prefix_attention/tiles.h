@@ -38,10 +38,10 @@ inline int64_t padded(int64_t n) {
   return (n + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
-// 2^min(x, 0).
-inline V<float> exp2_nonpositive(V<float> x) { return exp2_bounded<Vector<float>::bits, 0>(x); }
+// 2^x for x <= 0.
+inline V<float> exp2_nonpositive(V<float> x) { return exp2_bounded<Vector<float>::bits>(x); }
 inline V<double> exp2_nonpositive(V<double> x) {
-  for (int64_t k = 0; k < kLanes<double>; ++k) x[k] = __builtin_exp2(x[k] > 0 ? 0.0 : x[k]);
+  for (int64_t k = 0; k < kLanes<double>; ++k) x[k] = __builtin_exp2(x[k]);
   return x;
 }
 template <typename A>

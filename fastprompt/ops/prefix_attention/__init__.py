@@ -134,13 +134,17 @@ def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p
 
 
 def _integer(name: str, value: int) -> int:
+    if type(value) is int:  # the rest takes its time
+        return value
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return int(value) if isinstance(value, Integral) else value
 
 
 def _real(name: str, value: float) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
 

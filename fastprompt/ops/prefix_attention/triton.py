@@ -300,6 +300,8 @@ def prefix_attention(
     """Output (T, H, D) and log-sum-exp (T, H), which is not differentiable; arguments as of ops.prefix_attention."""
     if reason := why_not(query):
         raise ValueError(f"backend 'triton' {reason}")
+    cu_seqlens = cu_seqlens.contiguous()  # the kernels know no stride of these
+    prefix_index = None if prefix_index is None else prefix_index.contiguous()
     seed = None
     if dropout_p > 0:  # drawn on the device, which nobody then waits for: a graph that is replayed draws anew
         seed = cu_seqlens.new_empty(1, dtype=torch.int64).random_(2**62)

@@ -58,8 +58,8 @@ def store_rows(tensor, offset, valid, rows, FEATURES: tl.constexpr, FEATURES_BLO
 
 @triton.jit
 def row_offsets(token, head, strides):
-    """Offsets of rows of a (T, heads, D) tensor. 64 bit: T * heads * D may pass 2**31."""
-    return token.to(tl.int64) * strides[0] + head * strides[1]
+    """Offsets of rows of a (T, heads, D) tensor. 64 bit: T * heads * D may pass 2**31, either stride have T * D in it."""
+    return token.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @triton.jit
@@ -158,8 +158,8 @@ def column_tiles(
 @triton.jit
 def source(tensor, prefix_tensor, strides, prefix_strides, begin, entry, kv_head, prefix):
     """Pointers to position 0 of the segment, and to where position 0 would be if it followed the prefix."""
-    segment_source = tensor + begin.to(tl.int64) * strides[0] + kv_head * strides[1]
-    prefix_offset = entry.to(tl.int64) * prefix_strides[0] + kv_head * prefix_strides[1] + prefix * prefix_strides[2]
+    segment_source = tensor + row_offsets(begin, kv_head, strides)
+    prefix_offset = row_offsets(entry, kv_head, prefix_strides) + tl.full((), prefix, tl.int64) * prefix_strides[2]
     return segment_source, prefix_tensor + prefix_offset
 
 
