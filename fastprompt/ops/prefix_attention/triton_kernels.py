@@ -58,7 +58,7 @@ def store_rows(tensor, offset, valid, rows, FEATURES: tl.constexpr, FEATURES_BLO
 
 @triton.jit
 def row_offsets(token, head, strides):
-    """Offsets of rows of a (T, heads, D) tensor. 64 bit: T * heads * D may pass 2**31, either stride have T * D in it."""
+    """Offsets of rows of a (T, heads, D) tensor. 64 bit: T * heads * D may pass 2**31, by either of the strides."""
     return token.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
