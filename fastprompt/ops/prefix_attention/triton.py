@@ -304,7 +304,7 @@ def prefix_attention(
     prefix_index = None if prefix_index is None else prefix_index.contiguous()
     seed = None
     if dropout_p > 0:  # drawn on the device, which nobody then waits for: a graph that is replayed draws anew
-        seed = cu_seqlens.new_empty(1, dtype=torch.int64).random_(2**62)
+        seed = torch.randint_like(cu_seqlens[:1], 2**62, dtype=torch.int64)
     return _prefix_attention(
         *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed),
         *(is_causal, scale, window, softcap, prefix_in_window, dropout_p),
