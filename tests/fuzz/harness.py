@@ -1,7 +1,8 @@
 """What the fuzzers of all operators share: how an operator is held to its reference, and for how long."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, in_layout
 from torch import Tensor
 
-EXAMPLES = 20  # between two looks at the clock
+EXAMPLES = 10  # between two looks at the clock
 DRAWS = 2  # of rounding noise: a single one may be none
 LOOSE = 16
 
@@ -55,6 +56,7 @@ def compare(
     tensors: dict[str, Tensor],
     how: dict[str, tuple[bool, str | None]],
     grad_layout: str | None,
+    threads: int,
 ) -> None:
     """Hold outputs and gradients of `run` to those of `reference` in float64.
 
@@ -67,6 +69,7 @@ def compare(
         tensors: by name, floating point, contiguous.
         how: of `trained`.
         grad_layout: of the incoming gradients.
+        threads: of `run`; the reference has one.
     """
     wants = {name: trains for name, (trains, _) in how.items()}
     given = {}
@@ -76,21 +79,34 @@ def compare(
     # Not `tensors`: in the layout "expanded" there are other values.
     values = {name: x.clone(memory_format=torch.contiguous_format) for name, x in given.items()}
     before = {name: x.clone() for name, x in given.items()}
-    got, grads = _outputs(run, given, wants), []
-    for out in got[0]:
-        grad = torch.randn_like(out, memory_format=torch.contiguous_format)
-        grads.append(grad if grad_layout is None or grad.ndim == 0 else in_layout(grad, grad_layout))
+    grads = []
+    with _threads(threads):
+        outputs, leaves = _outputs(run, given, wants)
+        for out in outputs:
+            grad = torch.randn_like(out, memory_format=torch.contiguous_format)
+            grads.append(grad if grad_layout is None or grad.ndim == 0 else in_layout(grad, grad_layout))
+        got = _all(outputs, leaves, grads)
     exactly = partial(_exact, reference, wants=wants, grads=grads)
     want, slack = exactly(values), _slack(exactly, partial(_all_of, reference, wants=wants, grads=grads), values)
     eps = torch.finfo(next(iter(tensors.values())).dtype).eps
     greatest = max(_gap(x, 0) for x in (*want.values(), *grads))
-    for label, ours in _all(*got, grads).items():
+    for label, ours in got.items():
         assert ours.shape == want[label].shape, label
         assert torch.equal(ours.isnan(), want[label].isnan()), f"{label}: NaN in one and not in the other"
         error, budget = _gap(ours, want[label]), LOOSE * (slack[label] + eps * greatest)
         assert error <= budget, f"{label}: off by {error}, of at most {budget}"
     for name, x in given.items():
         assert torch.equal(x, before[name]), f"{name} was written to"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    was = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(was)
 
 
 def _gap(x: Tensor, y: Tensor | float) -> float:

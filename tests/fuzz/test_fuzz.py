@@ -42,7 +42,6 @@ WIDE, ALL = (
 )
 # What the backends compute in.
 DTYPES = {"native": WIDE, "triton": (torch.float32, torch.bfloat16, torch.float16), "cpu": WIDE, "chunked": ALL}
-THREADS = st.integers(1, 3)
 HUGE = st.sampled_from([2**31 - 1, 2**31, 2**63 - 1])
 CHECKS: dict[str, tuple[Callable, dict]] = {}
 
@@ -54,20 +53,11 @@ def operator(backends: list[str], **strategies):
         for backend in backends:
             dtypes = st.sampled_from(strategies.get("dtypes", DTYPES)[backend])
             drawn = {name: strategy for name, strategy in strategies.items() if name != "dtypes"}
-            drawn |= {"dtype": dtypes, "threads": THREADS, "grad_layout": layouts}
-            CHECKS[f"{check.__name__}-{backend}"] = partial(with_threads, check, backend), drawn
+            drawn |= {"dtype": dtypes, "threads": st.integers(1, 3), "grad_layout": layouts}
+            CHECKS[f"{check.__name__}-{backend}"] = partial(check, backend), drawn
         return check
 
     return register
-
-
-def with_threads(check: Callable, backend: str, threads: int, **drawn) -> None:
-    was = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check(backend, **drawn)
-    finally:
-        torch.set_num_threads(was)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -115,8 +105,8 @@ INDICES = st.sampled_from([None, torch.int32, torch.int64])
     size=st.sampled_from([1.0, 0.01, 5.0]),
 )
 def attention(
-    backend, dtype, how, grad_layout, segments, heads, features, prefix, bank, index, index_layout, is_causal, window,
-    scale, softcap, in_window, prompt_rows, size,
+    backend, dtype, how, segments, heads, features, prefix, bank, index, index_layout, is_causal, window,
+    scale, softcap, in_window, prompt_rows, size, **common,
 ):  # fmt: skip
     prompt_rows = prompt_rows if is_causal else 0
     rows, (heads, kv_heads) = sum(segments) + prompt_rows, heads
@@ -141,7 +131,7 @@ def attention(
             options["prefix_index"] = integers(which, index, index_layout)
     how = {name: how[name] for name in tensors}
     run = partial(prefix_attention, **options)
-    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, grad_layout)
+    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, **common)
 
 
 @operator(
@@ -160,8 +150,8 @@ def attention(
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )
 def alignment(
-    backend, dtype, how, grad_layout, rows, student, teacher, left_out, with_bias, with_weights, normalize, distances,
-    temperature, reduction,
+    backend, dtype, how, rows, student, teacher, left_out, with_bias, with_weights, normalize, distances,
+    temperature, reduction, **common,
 ):  # fmt: skip
     tensors = {
         "student": normal(rows, student, dtype=dtype),
@@ -182,7 +172,7 @@ def alignment(
             row_weight = torch.where(row_weight == 0, row_weight.detach(), row_weight)
         return run(row_weight=row_weight, **others, backend="reference")
 
-    compare(partial(run, backend=backend), reference, tensors, how, grad_layout)
+    compare(partial(run, backend=backend), reference, tensors, how, **common)
 
 
 @operator(
@@ -201,8 +191,8 @@ def alignment(
     scale=st.sampled_from([1.0, 0.0, -3.5, 34.0]),
 )
 def packing(
-    backend, dtype, how, grad_layout, segments, vocabulary, features, prompt_rows, bank, index, ids, ids_layout,
-    per_segment, scale,
+    backend, dtype, how, segments, vocabulary, features, prompt_rows, bank, index, ids, ids_layout,
+    per_segment, scale, **common,
 ):  # fmt: skip
     tensors = {
         "embedding": normal(vocabulary, features, dtype=dtype),
@@ -218,7 +208,7 @@ def packing(
     if index is not None:
         options["prompt_index"] = integers(torch.randint(bank, (len(segments),)).tolist(), index, ids_layout)
     run = partial(pack_prompt, **options)
-    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, grad_layout)
+    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, **common)
 
 
 @operator(
@@ -230,10 +220,10 @@ def packing(
     features=st.integers(0, 70),
     bounds_layout=layouts,
 )
-def pooling(backend, dtype, how, grad_layout, pool, segments, features, bounds_layout):
+def pooling(backend, dtype, how, pool, segments, features, bounds_layout, **common):
     tensors = {"hidden": normal(sum(segments), features, dtype=dtype)}
     run = partial(pool, cu_seqlens=bounds(segments, bounds_layout))
-    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, grad_layout)
+    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, **common)
 
 
 @operator(
@@ -245,11 +235,11 @@ def pooling(backend, dtype, how, grad_layout, pool, segments, features, bounds_l
     offset=st.sampled_from([0.0, 1.0]),
     size=st.sampled_from([1.0, 1e-4, 1e4]),
 )
-def norm(backend, dtype, how, grad_layout, shape, features, eps, offset, size):
+def norm(backend, dtype, how, shape, features, eps, offset, size, **common):
     tensors = {"x": normal(*shape, features, dtype=dtype, scale=size), "weight": normal(features, dtype=dtype)}
     how |= {"weight": (False, how["weight"][1])}
     run = partial(rms_norm, eps=eps, offset=offset)
-    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, grad_layout)
+    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, **common)
 
 
 @operator(
@@ -260,7 +250,7 @@ def norm(backend, dtype, how, grad_layout, shape, features, eps, offset, size):
     kv_heads=st.integers(0, 3),
     half=st.integers(1, 20),
 )
-def rotation(backend, dtype, how, grad_layout, rows, heads, kv_heads, half):
+def rotation(backend, dtype, how, rows, heads, kv_heads, half, **common):
     angle = torch.randn(rows, half).repeat(1, 2) * 10
     tensors = {
         "query": normal(rows, heads, 2 * half, dtype=dtype),
@@ -269,7 +259,7 @@ def rotation(backend, dtype, how, grad_layout, rows, heads, kv_heads, half):
         "sin": angle.sin().to(dtype),
     }
     how |= {name: (False, how[name][1]) for name in ("cos", "sin")}
-    compare(partial(rotary, backend=backend), partial(rotary, backend="reference"), tensors, how, grad_layout)
+    compare(partial(rotary, backend=backend), partial(rotary, backend="reference"), tensors, how, **common)
 
 
 @operator(
@@ -279,10 +269,10 @@ def rotation(backend, dtype, how, grad_layout, rows, heads, kv_heads, half):
     activation=st.sampled_from(["silu", "gelu_tanh"]),
     size=st.sampled_from([1.0, 1e-4, 10.0, 60.0]),
 )
-def gate(backend, dtype, how, grad_layout, shape, activation, size):
+def gate(backend, dtype, how, shape, activation, size, **common):
     tensors = {"gate": normal(*shape, dtype=dtype, scale=size), "up": normal(*shape, dtype=dtype)}
     run = partial(gated, activation=activation)
-    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, grad_layout)
+    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, **common)
 
 
 @operator(
@@ -297,7 +287,7 @@ def gate(backend, dtype, how, grad_layout, shape, activation, size):
     target_layout=layouts,
 )
 def cross_entropy(
-    backend, dtype, how, grad_layout, rows, features, vocabulary, ignored, smoothing, softcap, target_layout
+    backend, dtype, how, rows, features, vocabulary, ignored, smoothing, softcap, target_layout, **common
 ):
     tensors = {
         "hidden": normal(rows, features, dtype=dtype),
@@ -307,4 +297,4 @@ def cross_entropy(
     target = torch.randint(vocabulary, (rows,)).masked_fill(torch.rand(rows) < ignored, -100)
     target = integers(target.tolist(), torch.int64, target_layout)
     run = partial(linear_cross_entropy, target=target, label_smoothing=smoothing, softcap=softcap)
-    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, grad_layout)
+    compare(partial(run, backend=backend), partial(run, backend="reference"), tensors, how, **common)

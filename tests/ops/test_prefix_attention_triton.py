@@ -118,6 +118,17 @@ def test_every_subset_of_requires_grad(trains, monkeypatch):
         assert torch.equal(result, want) if name in trains else result is None
 
 
+def test_entries_that_no_segment_reads():
+    *args, _ = inputs([5, 3], entries=3)
+    exact, got = (
+        run(call, [*args, None], options(), torch.ones_like(args[0]), dtype)
+        for call, dtype in ((reference.prefix_attention, torch.float64), (backend.prefix_attention, torch.float32))
+    )
+    for result, want in zip(got, exact, strict=True):
+        torch.testing.assert_close(result.double(), want.double(), rtol=1e-4, atol=1e-4)
+    assert not any(gradient[1:].any() for gradient in got[-2:])
+
+
 def test_frozen_inputs_give_no_graph():
     out, _ = backend.prefix_attention(*inputs([3]), *options())
     assert not out.requires_grad

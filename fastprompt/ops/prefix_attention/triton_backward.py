@@ -297,6 +297,8 @@ def prefix_kernel(
     v = load_rows(prefix_value, value_offset, there, FEATURES, FEATURES_BLOCK)
     first = tl.program_id(2) * rows_per_split
     end = tl.minimum(first + rows_per_split, rows)
+    if prefix_index is None:
+        end = tl.where(entry > 0, first, end)  # all rows read the first entry
     sums_key = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
     sums_value = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
     for first_row in range(first, end, ROWS):
