@@ -67,6 +67,12 @@ def _slots(rows: int, block: int, cu_seqlens: Tensor) -> int:
     return rows // block + cu_seqlens.shape[0] - 1  # see find_tile
 
 
+def _readable(x: Tensor) -> Tensor:
+    """As the kernels read: they count what lies between the heads of a row in 32 bits."""
+    x = readable(x)
+    return x.contiguous() if x.shape[1] * x.stride(1) >= 2**31 else x
+
+
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(x.stride()[:-1] for x in tensors)
 
@@ -93,7 +99,7 @@ def _prefix_attention(
     prefix_in_window: bool,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [readable(x) for x in (query, key, value, prefix_key, prefix_value)]
+    tensors = [_readable(x) for x in (query, key, value, prefix_key, prefix_value)]
     out, lse, peak_sum = _outputs(tensors[0])
     tokens, heads, features = query.shape
     kv_heads, prefix = key.shape[1], prefix_key.shape[2]
@@ -152,7 +158,7 @@ def _prefix_attention_backward(
     """The five gradients; empty are the query's, the key's and value's and the prefix's, where not needed."""
     dtype = query.dtype
     grad, query, key, value, prefix_key, prefix_value, out = (
-        readable(x) for x in (grad, query, key, value, prefix_key, prefix_value, out)
+        _readable(x) for x in (grad, query, key, value, prefix_key, prefix_value, out)
     )
     needs = query_needs, segments_need, prefix_needs
     grads = _gradients(query, key, value, prefix_key, prefix_value, *needs)

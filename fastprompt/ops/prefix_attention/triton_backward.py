@@ -288,11 +288,12 @@ def prefix_kernel(
     """
     query_strides, prefix_key_strides, prefix_value_strides = strides
     entry, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    wide = kv_head.to(tl.int64)
     first_column = tl.program_id(0) * COLUMNS - prefix
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < prefix
-    key_offset = row_offsets(entry, kv_head, prefix_key_strides) + column.to(tl.int64) * prefix_key_strides[2]
-    value_offset = row_offsets(entry, kv_head, prefix_value_strides) + column.to(tl.int64) * prefix_value_strides[2]
+    key_offset = row_offsets(entry, wide, prefix_key_strides) + column.to(tl.int64) * prefix_key_strides[2]
+    value_offset = row_offsets(entry, wide, prefix_value_strides) + column.to(tl.int64) * prefix_value_strides[2]
     k = load_rows(prefix_key, key_offset, there, FEATURES, FEATURES_BLOCK)
     v = load_rows(prefix_value, value_offset, there, FEATURES, FEATURES_BLOCK)
     first = tl.program_id(2) * rows_per_split

@@ -58,8 +58,11 @@ def store_rows(tensor, offset, valid, rows, FEATURES: tl.constexpr, FEATURES_BLO
 
 @triton.jit
 def row_offsets(token, head, strides):
-    """Offsets of rows of a (T, heads, D) tensor. 64 bit: T * heads * D may pass 2**31, by either of the strides."""
-    return token.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    """Offsets of rows of a (T, heads, D) tensor. 64 bit: T * heads * D may pass 2**31.
+
+    So may head * strides[1] of a bank: its head is to be of 64 bits. The host copies others that lie so far apart.
+    """
+    return token.to(tl.int64) * strides[0] + head * strides[1]
 
 
 @triton.jit
@@ -159,7 +162,8 @@ def column_tiles(
 def source(tensor, prefix_tensor, strides, prefix_strides, begin, entry, kv_head, prefix):
     """Pointers to position 0 of the segment, and to where position 0 would be if it followed the prefix."""
     segment_source = tensor + row_offsets(begin, kv_head, strides)
-    prefix_offset = row_offsets(entry, kv_head, prefix_strides) + tl.full((), prefix, tl.int64) * prefix_strides[2]
+    prefix_offset = row_offsets(entry, kv_head.to(tl.int64), prefix_strides)
+    prefix_offset += tl.full((), prefix, tl.int64) * prefix_strides[2]
     return segment_source, prefix_tensor + prefix_offset
 
 
@@ -257,5 +261,5 @@ def forward_kernel(
     store_rows(out, written, valid, sums * norm[:, None], FEATURES, FEATURES_BLOCK)
     row = (begin + position) * heads + head
     tl.store(lse + row, peak * unit + tl.log2(total) * LN2, mask=valid)
-    tl.store(peak_sum + 2 * row, peak, mask=valid)
-    tl.store(peak_sum + 2 * row + 1, total, mask=valid)
+    pair = peak_sum + 2 * row[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(pair, tl.join(peak, total), mask=valid[:, None])
