@@ -24,7 +24,8 @@ fuzz: $(VENV)/installed-test
 
 # A package of its own in build/sanitize, which PYTHONSAFEPATH keeps the one beside this file from hiding. The runtimes
 # come first in the process; libstdc++ with them, or they do not find its exceptions.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+# Left out are the checks of UBSan that would take the kernels' templates half an hour to compile; ASan has the first.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size -fno-sanitize-recover=all
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(or $(CXX),c++) -print-file-name=lib$(name).so))
 sanitize: $(VENV)/installed-test
 	CXX="$(or $(CXX),c++) $(SANITIZE) -O1 -g1" FASTPROMPT_CUDA=0 \
