@@ -178,8 +178,9 @@ class Batch:
         """In float64, fused: PEFT's way stays at float32's error there, as stock layers normalise in float32.
 
         So it is the tests of `fuse` that hold it to PEFT; here PEFT, which must be right by it too, does so in float32.
+        From the weights as they are rounded to the ways' dtype: else it would be another model's step.
         """
-        return [x.clone() for x in self.run(fastprompt.fuse(self.make(torch.float64)).train())]
+        return [x.clone() for x in self.run(fastprompt.fuse(self.make(self.dtype).double()).train())]
 
     def run(self, model: nn.Module) -> list[Tensor]:
         loss = model(**self.inputs).loss
