@@ -184,8 +184,8 @@ class Driver:
 
     def keep_log(self, running: Running) -> None:
         text = running.log.read_bytes()
-        if len(text) > 400_000:
-            text = text[:200_000] + b"\n...\n" + text[-200_000:]
+        if len(text) > 200_000:
+            text = text[:100_000] + b"\n...\n" + text[-100_000:]
         with (records.OUT / "log.txt").open("ab") as log:
             log.write(f"== {self.run} {running.job.phase} {' '.join(running.job.cases)}\n".encode() + text + b"\n")
 

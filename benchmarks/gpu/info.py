@@ -1,5 +1,6 @@
 """What is there: versions, native libraries (built here if need be), and the machine's rates."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -23,10 +24,16 @@ def libraries() -> dict:
         built, still = True, _why_not()
         if still:
             raise RuntimeError(f"no native library for {DEVICE}: {still}; before it was built: {reason}")
-    foreign = {file.name: natives.foreign(file) for file in (ROOT / "fastprompt").glob("_C_*.so")}
+    libraries = sorted((ROOT / "fastprompt").glob("_C_*.so"))
+    foreign = {file.name: natives.foreign(file) for file in libraries}
     if any(foreign.values()):
         raise RuntimeError(f"they import what no stable ABI of torch 2.11 has: {foreign}")
-    return {"built": built, "says": f"built here, as: {reason}" if built else "loaded as they were brought"}
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in libraries}
+    return {
+        "built": built,
+        "libraries": hashes,
+        "says": f"built here, as: {reason}" if built else "loaded as they were brought",
+    }
 
 
 def _why_not() -> str:

@@ -40,6 +40,12 @@ class Recorder:
         left = {item.nodeid: item for item in items if digest(item.nodeid) not in held}
         items[:] = [left[name] for name in in_turns(list(left))]
 
+    def pytest_collectreport(self, report) -> None:
+        if report.failed and not IN_WORKER:
+            kind = "missing" if "ModuleNotFoundError" in report.longreprtext else "error"
+            lines = [line.strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            self.records.add(report.nodeid, **{kind: f"{report.nodeid}: {(lines or ['no message'])[-1]}"[:300]})
+
     def pytest_runtest_logreport(self, report) -> None:
         if IN_WORKER:
             self.broken |= report.failed and any(word in report.longreprtext for word in BREAKS)

@@ -147,18 +147,29 @@ def test_suite_is_recorded_and_outlives_a_broken_device(tmp_path):
         "def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pass\n"
         "def test_d(): raise RuntimeError('CUDA error: unspecified launch failure')\n"
     )
+    (tmp_path / "test_lost.py").write_text("import nowhere_to_be_found")
     out = tmp_path / "out"
     out.mkdir()
     environment = {"PYTHONPATH": str(ROOT), "OUT": str(out), "PROGRESS": "/nowhere", "RUN": "1", "DEVICE": "cpu"}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_records", "-p", "xdist", "-n", "1"]
-    command += ["--max-worker-restart", "9", "--rootdir", tmp_path, "-p", "no:cacheprovider", tmp_path]
+    command += [
+        "--continue-on-collection-errors",
+        "--max-worker-restart",
+        "9",
+        "--rootdir",
+        tmp_path,
+        "-p",
+        "no:cacheprovider",
+        tmp_path,
+    ]
     screen = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     passed = [name for record in records for name in record.get("passed", ())]
     assert len(passed) == len(set(passed)) == 2, screen.stdout
     assert "[gw0] node down" in screen.stdout
     assert {"test_few.py::test_b", "test_few.py::test_d"} <= {record["case"] for record in records}
+    assert [record["case"] for record in records if "missing" in record] == ["test_lost.py"]
     command[-1:] = ["-n", "0", "--collect-only", tmp_path]
     screen = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
     assert "2 deselected" in screen.stdout, screen.stdout
