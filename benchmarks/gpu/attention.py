@@ -45,7 +45,7 @@ SHAPES = [  # the first are the benchmark's; the last three are Llama 3's at 8k 
 FLEX = (SHAPES[5], SHAPES[6], SHAPES[10])
 ALIGNMENT = [("infonce+cosine", 64, 384), ("cosine", 4096, 768), ("infonce", 1024, 384), ("infonce", 8192, 768)]
 if DEVICE == "cpu":
-    SHAPES, FLEX = [Shape(2, 12, True, 5, 16, 2, 1, True), Shape(2, 9, True, 4, 16, 2, 2, False)], ()
+    SHAPES, FLEX = [Shape(2, 8, True, 3, 16, 2, 1, True), Shape(2, 5, True, 4, 16, 1, 1, False)], ()
     ALIGNMENT = [("infonce+cosine", 24, 32)]
 PREPARED: dict[Shape, tuple] = {}  # for FlexAttention
 BUDGET = 1.0 if DEVICE == "cuda" else 0.1  # seconds of timing in turns, beyond the fewest turns there must be

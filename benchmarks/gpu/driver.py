@@ -58,7 +58,7 @@ def phases() -> list[Phase]:
     return [
         Phase("info", 150, [Job("info")], case_seconds=150),  # it may have to build
         # One process on a CPU, where importing takes longer than the rest.
-        Phase("smoke", 40, [Job("smoke")] if cpu else each("smoke", list(smoke.CASES)), workers),
+        Phase("smoke", 100 if cpu else 40, [Job("smoke")] if cpu else each("smoke", list(smoke.CASES)), workers),
         Phase("tests", 120, tests, len(tests), 600),
         Phase("attention", 140, [Job("attention")], case_seconds=45),
         Phase("steps", 100, [Job("steps")], case_seconds=45),
@@ -75,7 +75,6 @@ class Running:
     process: subprocess.Popen
     log: Path
     state: Path
-    deadline: float
     begin: float = field(default_factory=time.time)
 
     @property
@@ -127,7 +126,8 @@ class Driver:
             for running in self.running:
                 running.kill()
                 self.lost(running, f"stopped at the phase's limit, {time.time() - begin:.0f} s")
-                self.left.setdefault(running.job.phase, []).extend((running.noted["todo"] or [])[1:])
+                todo = running.noted["todo"]
+                self.left.setdefault(running.job.phase, []).extend((running.job.cases if todo is None else todo)[1:])
             for job in waiting:
                 self.left.setdefault(job.phase, []).extend(job.cases or ["all"])
         finally:
@@ -152,7 +152,7 @@ class Driver:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own, to be stopped as one
             )
-        return Running(job, process, log, state, deadline)
+        return Running(job, process, log, state)
 
     def ended(self, running: Running, phase: Phase) -> bool:
         """Whether it is over, by itself or because a case took too long."""
@@ -175,7 +175,9 @@ class Driver:
             return  # it was on its way out
         seconds = round(time.time() - running.noted["since"], 1)
         case = todo[0] if todo else running.job.cases[0] if running.job.cases else "start"
-        records.Records(running.job.phase).add(case, seconds=seconds, error=why)
+        known = records.Records(running.job.phase)
+        if not any(each["case"] == case and each["run"] == self.run for each in known.known):  # recorded just before
+            known.add(case, seconds=seconds, error=why)
 
     def goes_on(self, running: Running) -> bool:
         """Whether cases are left to a new process: each has begun one, or it would never end."""
@@ -243,7 +245,7 @@ def main(names: Sequence[str]) -> int:
             print(f"unknown phase: {' '.join(unknown)} (must be of {' '.join(known)})", file=sys.stderr)
             return 2
         chosen = [phase for name, phase in known.items() if name in names or not names]
-        return run(chosen, float(os.environ.get("LIMIT") or 540))
+        return run(chosen, float(os.environ.get("LIMIT") or (300 if records.DEVICE == "cpu" else 540)))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("DEVICE", "cuda")
-OUT = Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu").absolute()
-PROGRESS = Path(os.environ.get("PROGRESS") or ROOT / "benchmarks/results/gpu/results.jsonl").absolute()
+RESULTS = ROOT / "benchmarks/results/gpu"
+OUT = Path(os.environ.get("OUT") or (RESULTS if DEVICE == "cuda" else ROOT / "build/on_gpu")).absolute()
+PROGRESS = Path(os.environ.get("PROGRESS") or RESULTS / "results.jsonl").absolute()
 SCRATCH = Path(os.environ.get("SCRATCH", "/tmp"))  # of this run, not among the results
 # What the figures of a phase depend on, beside its own file.
 OPERATORS = ("csrc", "setup.py", "fastprompt/ops", "fastprompt/_native.py")

@@ -47,10 +47,10 @@ def job(*names):
     return Job("fake", names, (sys.executable, cases.__file__))
 
 sys.exit(run([
-    Phase("one", 6, [job(*"fine raises dies fine-2 breaks fine-6 hangs missing fine-3".split())], case_seconds=1),
-    Phase("late", 1, [job("hangs-2", "fine-4")]),
-    Phase("side", 3, [job("fine-5"), job("dies-2"), Job("fake", ("start",), (sys.executable, "-c", "0/0"))], workers=2),
-], 10))
+    Phase("one", 24, [job(*"fine raises dies fine-2 breaks fine-6 hangs missing fine-3".split())], case_seconds=2),
+    Phase("late", 0.4, [job("hangs-2", "fine-4")]),
+    Phase("side", 5, [job("fine-5"), job("dies-2"), Job("fake", ("start",), (sys.executable, "-c", "0/0"))], workers=2),
+], 30))
 """
 
 
@@ -62,7 +62,7 @@ def driven(folder: Path) -> tuple[int, str, list[dict]]:
     environment = os.environ | environment | {"PYTHONPATH": str(ROOT), "DEVICE": "cpu"}
     (folder / "ran").write_text("")
     command = [sys.executable, folder / "drive.py", folder]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     lines = (folder / "out/results.jsonl").read_text().splitlines()
     return found.returncode, found.stdout + found.stderr, [json.loads(line) for line in lines]
 
@@ -76,7 +76,7 @@ def test_keeps_going_and_takes_up(tmp_path):
     errors = {record["case"]: record["error"] for record in records if "error" in record}
     assert set(errors) == {"raises", "dies", "breaks", "hangs", "hangs-2", "dies-2", "start"}
     assert errors["raises"] == "ValueError: no such thing"
-    assert "SIGABRT" in errors["dies"] and "stopped after 1 s" in errors["hangs"]
+    assert "SIGABRT" in errors["dies"] and "stopped after 2 s" in errors["hangs"]
     assert "limit" in errors["hangs-2"] and "ZeroDivisionError" in errors["start"]
     assert [record["missing"] for record in records if record["case"] == "missing"] == ["no tool"]
     assert len(records) == len({record["case"] for record in records}) == 13  # each once, however often it restarted
