@@ -230,7 +230,7 @@ def test_opcheck():
 @pytest.mark.parametrize("instructions", ["portable", "avx512"])
 def test_every_instruction_set_in_poisoned_memory(instructions):
     code = (
-        "import sys, torch; sys.path.insert(0, 'tests/ops'); from test_elementwise import *\n"
+        "import sys, torch; sys.path[:0] = ['tests', 'tests/ops']; from test_elementwise import *\n"
         "torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = True\n"
         "for name in CALLS:\n"
         "    trains, frozen = arguments(name, 63, 50)\n"
