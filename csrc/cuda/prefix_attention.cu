@@ -56,7 +56,8 @@ struct Inputs {
 
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& prefix_key_,
          const Tensor& prefix_value_, const Tensor& cu_seqlens_, const std::optional<Tensor>& prefix_index_,
-         int64_t prompt_rows, bool is_causal, double scale, int64_t window, bool prefix_in_window)
+         const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal, double scale, int64_t window,
+         bool prefix_in_window, double softcap, double dropout_p)
       : query(readable(query_)),
         key(readable(key_)),
         value(readable(value_)),
@@ -64,6 +65,8 @@ struct Inputs {
         prefix_value(readable(prefix_value_)),
         cu_seqlens(as_contiguous(cu_seqlens_)) {
     STD_TORCH_CHECK(prompt_rows == 0, "prompt_rows must be 0 on CUDA: the prompt's rows are a call of their own");
+    STD_TORCH_CHECK(softcap == 0, "softcap must be 0, which is none, on CUDA, got ", softcap);
+    STD_TORCH_CHECK(dropout_p == 0 && !seed, "dropout_p must be 0, without a seed, on CUDA, got ", dropout_p);
     STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
     const int64_t features = query.size(2);
     STD_TORCH_CHECK(features % 16 == 0 && features <= kLargestHead,
@@ -113,11 +116,12 @@ struct Inputs {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& prefix_key, const Tensor& prefix_value,
                                            const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
-                                           int64_t prompt_rows, bool is_causal, double scale, int64_t window,
-                                           bool prefix_in_window) {
+                                           const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
+                                           double scale, int64_t window, bool prefix_in_window, double softcap,
+                                           double dropout_p) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
-                      scale, window, prefix_in_window);
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
+                      is_causal, scale, window, prefix_in_window, softcap, dropout_p);
   const Problem& problem = inputs.problem;
   const int64_t rows = query.size(0);
   Tensor out = torch::stable::new_empty(query, {rows, problem.heads, problem.features});
@@ -148,12 +152,12 @@ Tensor gradient_like(const Tensor& tensor, bool wanted) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
     const Tensor& prefix_value, const Tensor& out_, const Tensor& peak_sum, const Tensor& cu_seqlens,
-    const std::optional<Tensor>& prefix_index, int64_t prompt_rows, bool is_causal, double scale, int64_t window,
-    bool prefix_in_window, bool needs_query, bool needs_key, bool needs_value, bool needs_prefix_key,
-    bool needs_prefix_value) {
+    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
+    double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p, bool needs_query,
+    bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
-                      scale, window, prefix_in_window);
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
+                      is_causal, scale, window, prefix_in_window, softcap, dropout_p);
   const Tensor grad = readable(grad_), out = readable(out_);
   const Problem& problem = inputs.problem;
   Tensor grad_query = gradient_like(query, needs_query), grad_key = gradient_like(key, needs_key);

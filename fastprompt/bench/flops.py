@@ -54,13 +54,13 @@ def _formulas() -> dict:
 
 
 def _attention(*arguments, out_val: object) -> int:
-    query, _, _, prefix_key, _, cu_seqlens, _, *options = arguments
+    query, _, _, prefix_key, _, cu_seqlens, _, _, *options = arguments
     own, prefix = _product(query, prefix_key, cu_seqlens, *options)
     return 2 * (own + prefix)
 
 
 def _attention_backward(*arguments, out_val: object) -> int:
-    _, query, _, _, prefix_key, _, _, _, cu_seqlens, _, *options = arguments[:-5]
+    _, query, _, _, prefix_key, _, _, _, cu_seqlens, _, _, *options = arguments[:-5]
     for_query, for_key, for_value, for_prefix_key, for_prefix_value = arguments[-5:]
     own, prefix = _product(query, prefix_key, cu_seqlens, *options)
 
@@ -73,7 +73,7 @@ def _attention_backward(*arguments, out_val: object) -> int:
 
 def _product(query: Tensor, prefix_key: Tensor, cu_seqlens: Tensor, *options) -> tuple[int, int]:
     """FLOPs of one product of the rows with those of their segments, and of one with the prefix."""
-    prompt_rows, is_causal, _, window, _ = options
+    prompt_rows, is_causal, _, window, *_ = options
     if prompt_rows or is_causal or window >= 0:
         raise NotImplementedError("FLOPs of causal attention and of attention in a window are not counted")
     rows, heads, features = query.shape

@@ -117,7 +117,7 @@ def attention(
         "is_causal": is_causal,
         "window": max(1, window) if is_causal and window is not None else window,
         "scale": scale,
-        "softcap": softcap if backend == "triton" else None,
+        "softcap": softcap if backend != "cpu" else None,
         "prefix_in_window": in_window,
         "return_lse": True,
     }

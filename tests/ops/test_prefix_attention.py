@@ -16,8 +16,9 @@ from fastprompt.ops import prefix_attention
 BACKENDS = {
     # On a GPU only where 16 bits are asked for: test_prefix_attention_cuda.py has the tests of those kernels.
     "native": lambda device, dtype=None, **needs: (
-        BACKENDS["cpu"]("cpu", **needs)
-        and (dtype != torch.float16 if device == "cpu" else dtype in (torch.bfloat16, torch.float16))
+        dtype != torch.float16
+        if device == "cpu"
+        else BACKENDS["cpu"]("cpu", **needs) and dtype in (torch.bfloat16, torch.float16)
     ),
     "cpu": lambda device, softcap=None, dropout_p=0.0, **_: device == "cpu" and softcap is None and dropout_p == 0,
     "reference": lambda device, **_: True,
@@ -201,6 +202,7 @@ def test_any_small_problem(backend, device, fresh, shape, options, seed):
     ([1] * 5, 257, 32, (8, 1), {}), ([63, 1], 1, 256, (4, 1), {"is_causal": True, "scale": 0.1}),
     ([30, 63], 4, 128, (6, 2), {"window": 5, "prefix_in_window": True}),
     ([33] * 3, 4, 64, (6, 2), {"window": 7, "is_causal": True}), ([9, 40], 4, 64, (2, 2), {"softcap": 2.0}),
+    ([9, 40], 17, 32, (4, 2), {"softcap": 5.0, "scale": 3.0, "is_causal": True}),
 ])  # fmt: skip
 def test_every_dtype(backend, fresh, dtype, lengths, prefix, features, heads, options):
     check(fresh(lengths, prefix, features, heads, dtype=dtype), **options, backend=backend)

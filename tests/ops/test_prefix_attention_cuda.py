@@ -55,7 +55,7 @@ def setting():
 def run(return_lse=True, backend=None, **args):
     """prefix_attention through csrc/cuda/: past the choice of backend, which on the CPU has other kernels."""
     query, scale = _with_positive_scale(args["query"], args.get("scale"))
-    options = args.get("is_causal", False), scale, args.get("window"), args.get("prefix_in_window", False)
+    options = args.get("is_causal", False), scale, args.get("window"), None, args.get("prefix_in_window", False), 0.0
     return native.prefix_attention(
         query, *(args[name] for name in NAMES[1:]), args["cu_seqlens"], args["prefix_index"], *options
     )
@@ -122,12 +122,16 @@ def test_sums_over_many_segments_are_the_same_every_time(device, bank, heads):
     ({"features": 144}, "16 features, up to 128, got 144"),
     ({"dtype": torch.float32}, "needs bfloat16 or float16 on CUDA, got Float"),
     ({"prompt_rows": 2}, "prompt_rows must be 0 on CUDA"),
+    ({"softcap": 2.0}, "softcap must be 0, which is none, on CUDA, got 2"),
+    ({"dropout_p": 0.5}, "dropout_p must be 0, without a seed, on CUDA, got 0.5"),
 ])  # fmt: skip
 def test_what_the_operator_refuses(device, change, match):
-    shape = {"features": 16, "dtype": torch.float16, "prompt_rows": 0} | change
-    prompt_rows, args = shape.pop("prompt_rows"), inputs([3, 4], **shape, device=device)
+    options = {"softcap": None, "dropout_p": 0.0, "prompt_rows": 0}
+    shape = {"features": 16, "dtype": torch.float16}
+    shape, options = ({n: change.get(n, x) for n, x in each.items()} for each in (shape, options))
+    args = inputs([3, 4], **shape, device=device)
     with pytest.raises(RuntimeError, match=match):
-        native.prefix_attention(*args.values(), True, 1.0, None, False, prompt_rows)
+        native.prefix_attention(*args.values(), True, 1.0, None, prefix_in_window=False, **options)
 
 
 @pytest.mark.gpu

@@ -42,7 +42,7 @@ def test_scales_and_softcaps_of_any_size(backend):
         got, want = results(args, scale=scale, backend=backend), results(args, scale=scale, backend="reference")
         assert all(x.isfinite().all() for x in got)
         torch.testing.assert_close(got[:2], want[:2])
-    if backend in ("triton", "reference"):
+    if backend != "cpu":
         for softcap in 1e-45, 1e-29, 1e30, torch.inf:
             alike = dict(scale=0.0) if softcap < 1 else {}
             got, want = results(args, softcap=softcap, backend=backend), results(args, **alike, backend="reference")
@@ -210,7 +210,7 @@ WITHOUT_VALUES = [
 def test_tensors_without_values(where, backend, options):
     if where == "meta" and backend in ("native", "cpu"):
         pytest.skip("they need tensors on a device of theirs")
-    if "softcap" in options and backend in ("native", "cpu"):
+    if "softcap" in options and backend == "cpu":
         pytest.skip("no softcap")
     args, dtype = inputs([3, 0, 9], dtype=torch.bfloat16), torch.bfloat16
     if "prompt_rows" in options:

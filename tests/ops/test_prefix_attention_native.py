@@ -131,8 +131,20 @@ torch.manual_seed(0)
 leaves = [torch.randn(97, h, 72) for h in (6, 2, 2)] + [torch.randn(1, 2, 37, 72) for _ in range(2)]
 leaves = [x.requires_grad_() for x in leaves]
 cu_seqlens = torch.tensor([0, 60, 60, 97], dtype=torch.int32)
-out = prefix_attention(*leaves, cu_seqlens, is_causal=True, backend=sys.argv[1])
-torch.save([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)], sys.argv[2])
+results = []
+for softcap in (None, 2.0):
+    out = prefix_attention(*leaves, cu_seqlens, is_causal=True, softcap=softcap, backend=sys.argv[1])
+    results += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+masks = []  # what dropout keeps: every key's value is a unit vector of its own
+for threads in (1, 2, 3) if sys.argv[1] == "native" else ():
+    torch.set_num_threads(threads)
+    for dtype in torch.float32, torch.float64, torch.bfloat16:
+        torch.manual_seed(1)
+        rows, unit = torch.randn(2, 97, 4, 120).to(dtype), torch.eye(120, dtype=dtype)[:, None].expand(-1, 2, -1)
+        own = torch.cat([unit[40:100], unit[40:77]])
+        prefix = torch.zeros(1, 2, 40, 120, dtype=dtype), unit[:40].transpose(0, 1)[None]
+        masks.append(prefix_attention(rows[0], rows[1, :, :2], own, *prefix, cu_seqlens, dropout_p=0.4) != 0)
+torch.save((results, masks), sys.argv[2])
 """
 
 
@@ -146,7 +158,10 @@ def test_every_instruction_set_there_is(tmp_path):
         subprocess.run([sys.executable, "-c", PROGRAM, backend, str(file)], check=True, env=environment)
         results[name] = torch.load(file)
     for name in ("portable", "avx2", "avx512"):
-        torch.testing.assert_close(results[name], results["reference"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(results[name][0], results["reference"][0], rtol=1e-4, atol=1e-4)
+    first, *others = itertools.chain(*(results[name][1] for name in ("portable", "avx2", "avx512")))
+    assert 0.59 < first[:60, :, :100].double().mean() < 0.61
+    assert all(torch.equal(first, other) for other in others)  # whatever the vectors, the threads and the dtype
 
 
 def test_nan_is_not_hidden():
@@ -166,4 +181,6 @@ def test_compile_with_prompt_rows():
     grad = torch.randn_like(results[0])
     assert all(map(torch.equal, *(torch.autograd.grad(out, leaves, grad) for out in results)))
     arguments = *(x.detach().requires_grad_() for x in leaves), *torch.randn(2, 1, 2, 0, 16), bounds([9, 5]), None
-    torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, (*arguments, 6, True, 0.25, -1, False))
+    operator = torch.ops.fastprompt.prefix_attention.default
+    torch.library.opcheck(operator, (*arguments, None, 6, True, 0.25, -1, False, 0.0, 0.0))
+    torch.library.opcheck(operator, (*arguments, torch.tensor([3]), 6, True, 0.25, -1, False, 2.0, 0.4))

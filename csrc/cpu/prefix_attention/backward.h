@@ -2,24 +2,48 @@
 //
 // A block's weights are computed again from its scores, their peak and sum; with w = dO V^T and delta = dO . O,
 //   dS = P * (w - delta),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO,
-// five products, each only where its result is wanted. Keys' gradients gather in column panels: a segment's over its
-// blocks, the prefix's over all blocks of the item.
+// five products, each only where its result is wanted. With a softcap dS is times the tanh's slope; with dropout w and
+// the P of dV are 0 where a weight was dropped, else scaled up. Keys' gradients gather in column panels: a segment's
+// over its blocks, the prefix's over all blocks of the item.
 
 template <typename T, typename A>
 void pack_prefix_backward(const Backward<T, A>& call, int64_t entry, int64_t head, int64_t first, int64_t last) {
   pack_prefix<T, A>(call, true, entry, head, first, last);
 }
 
-// Weights and score gradients of one row: score (Q K^T) becomes P, grad (dO V^T) becomes dS. See soften.
+// What turns one row's scores into weights and their gradients.
 template <typename A>
-inline void differentiate(A* score, A* grad, int64_t count, A unit, A peak, A norm, A delta, bool with_grad) {
-  for (int64_t j = 0; j < count; j += kLanes<A>) {
-    const V<A> below = vec(score + j) - peak;  // however products are rounded this time, none is above the peak
-    const V<A> weight = exp2_nonpositive((below > 0 ? V<A>{} : below) * unit) * norm;
-    vec(score + j) = weight;
-    if (with_grad) vec(grad + j) = weight * (vec(grad + j) - delta);
+struct RowWeights {
+  A unit, peak, norm, delta;
+  bool with_grad, capped;
+
+  // Score becomes P, grad (dO V^T) becomes dS. See soften.
+  void differentiate(A* score, A* grad, int64_t count) const {
+    for (int64_t j = 0; j < count; j += kLanes<A>) {
+      const V<A> weight = at(vec(score + j));
+      vec(score + j) = weight;
+      if (with_grad) vec(grad + j) = weight * (vec(grad + j) - delta);
+    }
   }
-}
+
+  // The same with softcap or dropout, whose keys begin at `key`.
+  void differentiate(A* score, A* grad, int64_t count, const RowDropout<A>& dropout, int64_t key) const {
+    for (int64_t j = 0; j < count; j += kLanes<A>) {
+      const V<A> tanh = vec(score + j), weight = at(tanh);
+      vec(score + j) = dropout.kept(weight * dropout.scale, key + j);
+      if (!with_grad) continue;
+      const V<A> change = weight * (dropout.kept(vec(grad + j) * dropout.scale, key + j) - delta);
+      const V<A> slope = 1 - tanh * tanh;  // of hidden keys -infinity
+      vec(grad + j) = capped ? change * (slope < 0 ? V<A>{} : slope) : change;
+    }
+  }
+
+ private:
+  V<A> at(V<A> score) const {
+    const V<A> below = score - peak;  // however products are rounded this time, none is above the peak
+    return exp2_nonpositive((below > 0 ? V<A>{} : below) * unit) * norm;
+  }
+};
 
 // grad(j, :) += sum over rows r of weight(r, j) x columns(r, :) for `keys` keys.
 template <typename A>
@@ -35,7 +59,7 @@ inline void add_transposed(const A* weight, int64_t stride, int64_t rows, int64_
 // Rows of a block as the backward needs them.
 template <typename A>
 struct BlockRows {
-  int64_t rows;
+  int64_t head, rows;
   A *query, *grad, *grad_query;  // column panels
   A *peak, *norm, *delta;        // norm: 1 / the row's sum
   A *score, *grad_score;         // (kBlockRows, stride)
@@ -48,7 +72,7 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
   const int64_t chunk = chunk_keys<A>(p), stride = chunk + kPanel<A>;
   const int64_t rows = b.rows, tiles = tiles_of(rows);
   const bool with_grad = call.needs_query || part.grad_key;
-  const A unit = static_cast<A>(p.scale * kLog2E);
+  const A unit = static_cast<A>(p.unit() * kLog2E);
   for (int64_t begin = 0; begin < part.keys; begin += chunk) {
     const int64_t keys = part.keys - begin < chunk ? part.keys - begin : chunk;
     Problem::Range panels[kBlockRows];  // of each tile
@@ -68,11 +92,20 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
         score_tile(b.grad, rows, t, part.value_transposed + begin * p.dim, p.dim, from, to, grad_score, stride);
       for (int64_t r = 0; r < t.count; ++r) {
         A* const row = score + r * stride;
+        A* const begun = row + from * kPanel<A>;
+        const int64_t count = (to - from) * kPanel<A>;
+        if (p.softcap > 0) cap_row(p, begun, count);
         const Problem::Range own = visible(p, part, block.first + t.begin + r, segment.length, begin, keys);
         for (int64_t j = from * kPanel<A>; j < own.begin; ++j) row[j] = -__builtin_inf();
         for (int64_t j = own.end; j < to * kPanel<A>; ++j) row[j] = -__builtin_inf();
-        differentiate(row + from * kPanel<A>, grad_score + r * stride + from * kPanel<A>, (to - from) * kPanel<A>, unit,
-                      b.peak[t.begin + r], b.norm[t.begin + r], b.delta[t.begin + r], with_grad);
+        const RowWeights<A> weights{unit,      b.peak[t.begin + r], b.norm[t.begin + r], b.delta[t.begin + r],
+                                    with_grad, p.softcap > 0};
+        A* const grad = grad_score + r * stride + from * kPanel<A>;
+        if (p.softcap > 0 || p.dropout_p > 0)
+          weights.differentiate(begun, grad, count, RowDropout<A>(p, segment, b.head, block.first + t.begin + r),
+                                first_place(p, part) + begin + from * kPanel<A>);
+        else
+          weights.differentiate(begun, grad, count);
       }
       if (call.needs_query)
         add_weighted(grad_score, stride, t, part.key_columns + begin * kPanel<A>, part.rows, seen, p.dim, b.grad_query,
@@ -148,6 +181,7 @@ void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Blo
   const int64_t group = p.group(), row_panels = kBlockRows * padded<A>(p.dim);
   const int64_t stride = chunk_keys<A>(p) + kPanel<A>;
   BlockRows<A> b;
+  b.head = head;
   b.query = scratch;
   b.grad = b.query + row_panels;
   b.grad_query = b.grad + row_panels;

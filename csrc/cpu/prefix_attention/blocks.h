@@ -38,6 +38,12 @@ inline Problem::Range visible(const Problem& problem, const Part<A>& part, int64
   return {clipped(range.begin), clipped(range.end)};
 }
 
+// Place of a part's first key among all keys of a row.
+template <typename A>
+inline int64_t first_place(const Problem& problem, const Part<A>& part) {
+  return part.is_prefix ? 0 : problem.prefix;
+}
+
 // score(tile, :) = query(tile, :) x keys^T for the transposed panels [first, last).
 template <int H>
 struct Score {

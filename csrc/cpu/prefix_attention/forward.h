@@ -5,8 +5,8 @@ void pack_prefix_forward(const Forward<T, A>& call, int64_t entry, int64_t head,
   pack_prefix<T, A>(call, false, entry, head, first, last);
 }
 
-// Turns the products of one row with keys, `count` of them in whole panels, into weights relative to the greatest so
-// far, and updates that and their sum: 2^(unit * difference), since a product times the unit is rounded to its own
+// Turns the scores of one row with keys, `count` of them in whole panels, into weights relative to the greatest so
+// far, and updates that and their sum: 2^(unit * difference), since a score times the unit is rounded to its own
 // size. Returns the factor that brings earlier weights to the new scale.
 template <typename A>
 inline A soften(A* score, int64_t count, A unit, A& greatest, A& sum) {
@@ -50,7 +50,7 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
   const Segment& segment = p.segments[first->segment];
   const int64_t group = p.group(), row_panels = kBlockRows * padded<A>(p.dim);
   const int64_t chunk = chunk_keys<A>(p), stride = chunk + kPanel<A>;
-  const A unit = static_cast<A>(p.scale * kLog2E);
+  const A unit = static_cast<A>(p.unit() * kLog2E), kept_scale = static_cast<A>(1 / (1 - p.dropout_p));
   A* const query = scratch;
   A* const out = query + row_panels;
   A* const score = out + row_panels;
@@ -86,12 +86,17 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
           const int64_t from = seen.begin / kPanel<A>, to = padded<A>(seen.end) / kPanel<A>;
           score_tile(query, rows, t, part.key_transposed + begin * p.dim, p.dim, from, to, score, stride);
           for (int64_t r = 0; r < t.count; ++r) {
-            A* row = score + r * stride;
+            A* const row = score + r * stride;
+            A* const begun = row + from * kPanel<A>;
+            const int64_t count = (to - from) * kPanel<A>;
+            if (p.softcap > 0) cap_row(p, begun, count);
             const Problem::Range own = visible(p, part, block->first + t.begin + r, segment.length, begin, keys);
             for (int64_t j = from * kPanel<A>; j < own.begin; ++j) row[j] = -__builtin_inf();
             for (int64_t j = own.end; j < to * kPanel<A>; ++j) row[j] = -__builtin_inf();
-            const A factor =
-                soften(row + from * kPanel<A>, (to - from) * kPanel<A>, unit, greatest[t.begin + r], sum[t.begin + r]);
+            const A factor = soften(begun, count, unit, greatest[t.begin + r], sum[t.begin + r]);
+            if (p.dropout_p > 0)
+              drop(RowDropout<A>(p, segment, head, block->first + t.begin + r), begun, count,
+                   first_place(p, part) + begin + from * kPanel<A>);
             if (factor != 1)
               for (int64_t d = 0; d < p.dim; d += kPanel<A>) {
                 A* o = out + d * rows + (t.begin + r) * kPanel<A>;
@@ -105,8 +110,8 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-      unpack_row<T, A>(out, rows, r, p.dim, call.out.at(i, h), A(1) / sum[r]);
-      call.lse[i * p.heads + h] = static_cast<A>(greatest[r] * p.scale + __builtin_log(sum[r]));
+      unpack_row<T, A>(out, rows, r, p.dim, call.out.at(i, h), kept_scale / sum[r]);
+      call.lse[i * p.heads + h] = static_cast<A>(greatest[r] * p.unit() + __builtin_log(sum[r]));
       call.peak_sum[i * p.heads + h] = {greatest[r], sum[r]};
     }
   }

@@ -4,6 +4,7 @@
 #include "../exp2.h"
 #include "tiles.h"
 #include "blocks.h"
+#include "scores.h"
 #include "forward.h"
 #include "backward.h"
 // clang-format on

@@ -56,7 +56,8 @@ struct Inputs {
   // The problem points into the plan: made once, not copied.
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& prefix_key_,
          const Tensor& prefix_value_, const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
-         int64_t prompt_rows_, bool is_causal, double scale, int64_t window, bool prefix_in_window)
+         const std::optional<Tensor>& seed, int64_t prompt_rows_, bool is_causal, double scale, int64_t window,
+         bool prefix_in_window, double softcap, double dropout_p)
       : query(rows_contiguous(query_)),
         key(rows_contiguous(key_)),
         value(rows_contiguous(value_)),
@@ -65,6 +66,9 @@ struct Inputs {
         prompt_rows(prompt_rows_),
         problem{} {
     STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
+    STD_TORCH_CHECK(softcap >= 0, "softcap must be positive, or 0 for none, got ", softcap);
+    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
+    STD_TORCH_CHECK(seed.has_value() || dropout_p == 0, "seed must be given with dropout_p > 0");
     problem.heads = query.size(1);
     problem.kv_heads = key.size(1);
     problem.dim = query.size(2);
@@ -74,6 +78,9 @@ struct Inputs {
     problem.prefix_in_window = prefix_in_window;
     problem.window = window;
     problem.scale = scale;
+    problem.softcap = softcap;
+    problem.dropout_p = dropout_p;
+    problem.seed = seed ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
     std::optional<Tensor> index;
     if (prefix_index) index = as_contiguous(*prefix_index);
     plan = make_plan(problem, as_contiguous(cu_seqlens), index, query.size(0), prompt_rows);
@@ -101,10 +108,11 @@ struct Inputs {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& prefix_key, const Tensor& prefix_value,
                                            const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
-                                           int64_t prompt_rows, bool is_causal, double scale, int64_t window,
-                                           bool prefix_in_window) {
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
-                      scale, window, prefix_in_window);
+                                           const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
+                                           double scale, int64_t window, bool prefix_in_window, double softcap,
+                                           double dropout_p) {
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
+                      is_causal, scale, window, prefix_in_window, softcap, dropout_p);
   const Problem& problem = inputs.problem;
   const Plan& plan = inputs.plan;
   const int64_t rows = query.size(0);
@@ -148,12 +156,12 @@ Tensor gradient_like(const Tensor& tensor, bool wanted) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
     const Tensor& prefix_value, const Tensor& out, const Tensor& peak_sum, const Tensor& cu_seqlens,
-    const std::optional<Tensor>& prefix_index, int64_t prompt_rows, bool is_causal, double scale, int64_t window,
-    bool prefix_in_window, bool needs_query, bool needs_key, bool needs_value, bool needs_prefix_key,
-    bool needs_prefix_value) {
+    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
+    double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p, bool needs_query,
+    bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
   const Tensor grad = rows_contiguous(grad_);
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, is_causal,
-                      scale, window, prefix_in_window);
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
+                      is_causal, scale, window, prefix_in_window, softcap, dropout_p);
   const Problem& problem = inputs.problem;
   const Plan& plan = inputs.plan;
 

@@ -28,7 +28,7 @@ struct Block {
 // to the size of the scores.
 template <typename A>
 struct PeakSum {
-  A peak, sum;  // the greatest product of query and key, and the sum of e^(score - greatest)
+  A peak, sum;  // the greatest score in Problem::unit(), and the sum of e^(score - greatest)
 };
 
 struct Problem {
@@ -37,8 +37,12 @@ struct Problem {
   bool is_causal, prefix_in_window;
   int64_t window;  // as transformers counts, of any size; -1: none
   double scale;    // positive
+  double softcap;  // 0: none
+  double dropout_p;
+  uint64_t seed;
 
   int64_t group() const { return heads / kv_heads; }
+  double unit() const { return softcap > 0 ? softcap : scale; }  // of scores as kernels compare them
 
   struct Range {
     int64_t begin, end;

@@ -12,6 +12,7 @@ template <>
 struct Vector<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t counts __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct Vector<double> {

@@ -70,9 +70,9 @@ def prefix_attention(
         dropout_p: probability with which attention weights are dropped (and the rest scaled up).
         return_lse: also return the log-sum-exp of the scores, (T, H) float32 (float64 for float64), not differentiable.
         backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
-            multiple of 16 up to 128, on GPUs; no softcap, no dropout), "triton" (GPUs), "cpu" (PyTorch's flash kernels,
-            CPU only, no softcap, no dropout) or "reference". Only the last has second derivatives; another raises a
-            RuntimeError where one is asked for.
+            multiple of 16 up to 128, no softcap and no dropout, on GPUs), "triton" (GPUs), "cpu" (PyTorch's flash
+            kernels, CPU only, no softcap, no dropout) or "reference". Only the last has second derivatives; another
+            raises a RuntimeError where one is asked for.
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
@@ -100,8 +100,7 @@ def prefix_attention(
     options = is_causal, scale, window, softcap, prefix_in_window, dropout_p
     if backend == "native" and query.device.type == "cpu":
         result = native.prefix_attention(
-            *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
-            *(is_causal, scale, window, prefix_in_window, prompt_rows),
+            query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options, prompt_rows
         )
     elif prompt_rows:
         result = _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options)
@@ -114,15 +113,19 @@ def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p
     """The backend that runs: the fastest that can, or the one asked for."""
     device, plain = query.device.type, softcap is None and dropout_p == 0
     if backend is None:
+        if device == "cpu" and _native.available("cpu") and query.dtype in NATIVE_DTYPES["cpu"]:
+            return "native"
         if device == "cpu" and plain:
-            return "native" if _native.available("cpu") and query.dtype != torch.float16 else "cpu"
+            return "cpu"
         # Not "native": it should win where segments are short, but neither has been measured on a GPU yet.
         return "triton" if device == "cuda" and _why_not_triton(query) is None else "reference"
     devices = {"native": tuple(NATIVE_DTYPES), "cpu": ("cpu",)}.get(backend, (device,))
-    if device not in devices or (backend in ("native", "cpu") and not plain):
+    if device not in devices:
+        raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(devices)}, got {query.device}")
+    if not plain and (backend == "cpu" or (backend == "native" and device != "cpu")):
         raise ValueError(
-            f"backend {backend!r} needs tensors on {' or '.join(devices)}, no softcap and no dropout, "
-            f"got {query.device}, softcap={softcap}, dropout_p={dropout_p}"
+            f"backend {backend!r} needs no softcap and no dropout on {device}, "
+            f"got softcap={softcap}, dropout_p={dropout_p}"
         )
     if backend == "native" and (reason := _why_not_native(query)):
         raise ValueError(f"backend 'native' {reason}")
@@ -197,15 +200,15 @@ def _why_not_triton(query: Tensor) -> str | None:
 
 
 def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options):
-    is_causal, scale, window, _, prefix_in_window, _ = options
     tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
     if backend == "triton":
         from . import triton  # here, not at the top: it imports the package triton
 
         return triton.prefix_attention(*tensors, *options)
     if backend == "native":
-        return native.prefix_attention(*tensors, is_causal, scale, window, prefix_in_window)
+        return native.prefix_attention(*tensors, *options)
     if backend == "cpu":
+        is_causal, scale, window, _, prefix_in_window, _ = options
         return cpu.prefix_attention(query, *tensors[1:], is_causal, scale, window, prefix_in_window)
     output, lse = reference.prefix_attention(*tensors, *options)
     return output, lse.detach()

@@ -7,7 +7,7 @@ from fastprompt.ops._autograd import once_differentiable
 
 _forward = torch.ops.fastprompt.prefix_attention.default
 _backward = torch.ops.fastprompt.prefix_attention_backward.default
-NO_WINDOW = -1
+NO_WINDOW, NO_SOFTCAP = -1, 0.0
 
 
 @torch.library.register_fake("fastprompt::prefix_attention")
@@ -24,19 +24,20 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tenso
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *ctx.options = inputs
+    query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, *ctx.options = inputs
     out, lse, peak_sum = output
     ctx.mark_non_differentiable(lse, peak_sum)
     ctx.set_materialize_grads(False)  # nobody needs zeros for the log-sum-exp
-    ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, peak_sum, cu_seqlens, prefix_index)
+    tensors = query, key, value, prefix_key, prefix_value, out, peak_sum, cu_seqlens, prefix_index, seed
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, grad: Tensor | None, *_) -> tuple:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 15
     needs = ctx.needs_input_grad[:5]
     grads = _backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10
 
 
 _differentiate = once_differentiable("prefix_attention", _gradients)
@@ -67,12 +68,17 @@ def prefix_attention(
     is_causal: bool,
     scale: float,
     window: int | None,
+    softcap: float | None,
     prefix_in_window: bool,
+    dropout_p: float,
     prompt_rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    window = NO_WINDOW if window is None else window
+    window, softcap = NO_WINDOW if window is None else window, softcap or NO_SOFTCAP
+    seed = None
+    if dropout_p > 0:  # a tensor, and drawn out of place: so torch.compile traces it and fakes stay fakes
+        seed = torch.randint_like(cu_seqlens[:1], 2**62, dtype=torch.int64)
     run = _forward if torch.compiler.is_compiling() else _PrefixAttention.apply
     return run(
-        *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
-        *(prompt_rows, is_causal, scale, window, prefix_in_window),
+        *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed),
+        *(prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p),
     )[:2]
