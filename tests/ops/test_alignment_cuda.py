@@ -41,6 +41,11 @@ def test_error_budget(normalize, distance, dtype):
     tests.test_dtypes("native", "cpu", normalize, distance, SHAPES[2], dtype)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_float16_gradients_under_a_loss_scale(reduction):
+    test_alignment_torch.test_float16_gradients_under_a_loss_scale("native", "cpu", reduction)
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_rows_left_out_and_rows_of_zero(distance):
     for normalize in NORMALIZATIONS:

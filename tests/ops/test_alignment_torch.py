@@ -8,7 +8,7 @@ import pytest
 import test_alignment
 import torch
 from layouts import LAYOUTS, in_layout
-from test_alignment import NAMES, NORMALIZATIONS, REDUCTIONS, check, finest, gradients, inputs
+from test_alignment import NAMES, NORMALIZATIONS, REDUCTIONS, check, exact, finest, gradients, inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprompt import _native
@@ -141,3 +141,22 @@ def test_outputs_are_written_whole(backend, device):
             check(args, backend, distance=distance, reduction=reduction)
     finally:
         torch.use_deterministic_algorithms(was)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float16_gradients_under_a_loss_scale(backend, device, reduction):
+    scale = 2.0**16 if reduction == "mean" else 2.0**12  # d loss / dz is below float16's least number without
+    for row_weight in False, True:
+        args = inputs(16, 8, 1024, row_weight=row_weight, dtype=torch.float16, device=device)
+        with torch.no_grad():
+            args["teacher"] /= 512
+            args["weight"] /= 512
+            args["bias"] /= 512
+        true = exact(args)
+        run = dict(normalize="none", distance="mse", reduction=reduction)
+        got, want = (
+            torch.autograd.grad((alignment_loss(**each, **run, backend=name) * scale).sum(), list(each.values())[:3])
+            for each, name in ((args, backend), (true, "reference"))
+        )
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x.cpu().double(), y, rtol=0.02, atol=0.02 * y.abs().max().item())

@@ -95,6 +95,16 @@ def alignment_loss(
     if row_weight is not None:
         row_weight = row_weight.to(torch.promote_types(student.dtype, torch.float32))
     tensors = student, teacher, weight, bias, row_weight
+    wants = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if wants and student.dtype == torch.float16 and reduction != "none":
+        # Gradients found with the loss have not met a loss scale yet, and vanish in float16. By row they wait for it.
+        losses = alignment_loss(*tensors, normalize, distance, temperature, "none")
+        if reduction == "sum":
+            return losses.sum()
+        if row_weight is None:
+            return losses.mean()
+        total = row_weight.sum()
+        return losses.sum() / torch.where(total == 0, 1.0, total)
     at_once = torch.is_grad_enabled() and reduction != "none"
     needs = [at_once and x is not None and x.requires_grad for x in tensors]
     run = _forward if torch.compiler.is_compiling() else _AlignmentLoss.apply
