@@ -19,13 +19,14 @@ Case = tuple[str, bool, Callable[[], object]]
 HEADS = (32, 64, 80, 128, 256)
 # (tokens a segment, length of the prefix): one fills the largest tiles, the other calls for small ones.
 LENGTHS = {"long": (384, 128), "short": (16, 16)}
-ATTENTION = {  # is_causal, window, softcap, prefix_in_window, dropout_p, H / Hkv, size of the bank
-    "plain": (False, None, None, False, 0.0, 1, 1),
-    "causal": (True, None, None, False, 0.0, 1, 1),
-    "bank": (True, None, None, False, 0.0, 4, 3),
-    "window": (True, 64, None, True, 0.0, 4, 1),
-    "softcap": (True, 64, 50.0, False, 0.0, 1, 1),
-    "dropout": (False, None, None, False, 0.1, 1, 1),
+ATTENTION = {  # is_causal, window, softcap, prefix_in_window, dropout_p, H / Hkv, size of the bank, rows of a prompt
+    "plain": (False, None, None, False, 0.0, 1, 1, 0),
+    "causal": (True, None, None, False, 0.0, 1, 1, 0),
+    "bank": (True, None, None, False, 0.0, 4, 3, 0),
+    "window": (True, 64, None, True, 0.0, 4, 1, 0),
+    "softcap": (True, 64, 50.0, False, 0.0, 1, 1, 0),
+    "prompt": (True, None, None, False, 0.0, 4, 1, 16),
+    "dropout": (False, None, None, False, 0.1, 1, 1, 0),
 }
 
 WIDTHS = (384, 768, 1024)
@@ -53,7 +54,7 @@ def cases() -> Iterator[Case]:
 
 def call_prefix_attention(dtype, features, lengths, options) -> None:
     """One forward and backward."""
-    is_causal, window, softcap, prefix_in_window, dropout_p, group, entries = options
+    is_causal, window, softcap, prefix_in_window, dropout_p, group, entries, prompt_rows = options
     tokens, prefix = lengths
     segments, kv_heads = 8, 2
     query = torch.empty(segments * tokens, kv_heads * group, features, dtype=dtype, device="meta")
@@ -62,10 +63,11 @@ def call_prefix_attention(dtype, features, lengths, options) -> None:
     cu_seqlens = torch.empty(segments + 1, dtype=torch.int32, device="meta")
     prefix_index = None if entries == 1 else torch.empty(segments, dtype=torch.int64, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
-    common = (cu_seqlens, prefix_index, seed, is_causal, 0.125, window, softcap, prefix_in_window, dropout_p)
+    options = (is_causal, 0.125, window, softcap, prefix_in_window, dropout_p, prompt_rows)
+    common = (cu_seqlens, prefix_index, seed, *options)
     tensors = query, key, key, bank, bank
-    out, _, peak_sum = prefix_attention._prefix_attention._init_fn(*tensors, *common)
-    prefix_attention._prefix_attention_backward._init_fn(query, *tensors, out, peak_sum, *common, True, True, True)
+    out, _, peak_sum = prefix_attention._forward(*tensors, *common)
+    prefix_attention._backward(query, *tensors, out, peak_sum, *common, True, True, True)
 
 
 def call_alignment_loss(dtype, features, rows, options) -> None:
@@ -73,7 +75,7 @@ def call_alignment_loss(dtype, features, rows, options) -> None:
     normalize, distance, weighted, trains = options
     student, weight = (torch.empty(n, features, dtype=dtype, device="meta") for n in (rows, features))
     row_weight = torch.empty(rows, device="meta") if weighted else None
-    alignment._alignment_loss._init_fn(
+    alignment._compute(
         *(student, student, weight, weight[0], row_weight, None, normalize, distance, 0.05, "mean"),
         [trains, trains and weighted, trains, trains, trains and weighted],
     )

@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton")
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from fastprompt.ops import prefix_attention  # noqa: E402
 from fastprompt.ops._triton import INTERPRETED  # noqa: E402
 from fastprompt.ops.prefix_attention import reference  # noqa: E402
 from fastprompt.ops.prefix_attention import triton as backend  # noqa: E402
@@ -149,10 +150,76 @@ def test_the_prefix_sum_in_splits(monkeypatch):
     grad = torch.randn_like(args[0])
     exact, plain = (run(reference.prefix_attention, args, opts, grad, x) for x in (torch.float64, torch.float32))
     for most in (1, 2):
-        monkeypatch.setattr(backend, "SPLITS", most)
+        monkeypatch.setattr(backend, "PROGRAMS", most)
         assert_within_budget(
             run(backend.prefix_attention, args, opts, grad, torch.float32), exact, plain, torch.float32
         )
+
+
+def test_more_splits_than_are_summed_at_once(monkeypatch):
+    monkeypatch.setattr(backend, "SUMMED", dict(SPLITS=2, COLUMNS=16))
+    args, opts = inputs([200, 43], features=16, prefix=3), options()
+    assert backend._PrefixSums(args[3], 243, 2, False).splits > 3
+    grad = torch.randn_like(args[0])
+    exact, plain = (run(reference.prefix_attention, args, opts, grad, x) for x in (torch.float64, torch.float32))
+    assert_within_budget(run(backend.prefix_attention, args, opts, grad, torch.float32), exact, plain, torch.float32)
+
+
+PROMPTS = [  # lengths of the segments, P, heads, kv_heads, options
+    (RAGGED, 6, 4, 2, dict()),
+    (RAGGED, 20, 3, 1, dict(window=4, prefix_in_window=True)),
+    ([9, 70], 40, 2, 2, dict(window=7, softcap=2.0)),
+    ([0, 0], 3, 2, 1, dict()),
+    ([], 4, 2, 1, dict()),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", PROMPTS, ids=str)
+def test_prompt_rows(case, dtype, monkeypatch):
+    """In one launch, and no other tensor made for it."""
+    lengths, prompt, heads, kv_heads, chosen = case
+    args = inputs([prompt + sum(lengths)], heads, kv_heads, dtype=dtype)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    grad, launches = torch.randn_like(args[0]), []
+    launch = backend.forward_kernels.forward_kernel
+
+    def call(kind, name):
+        leaves = [x.detach().to(kind).requires_grad_() for x in args[:3]]
+        common = dict(prompt_rows=prompt, is_causal=True, return_lse=True, backend=name)
+        out, lse = prefix_attention(*leaves, None, None, cu_seqlens, **common, **chosen)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))]
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return launch[grid]
+
+    monkeypatch.setattr(backend.forward_kernels, "forward_kernel", Counted())
+    exact, plain, got = call(torch.float64, "reference"), call(dtype, "reference"), call(dtype, "triton")
+    assert len(launches) == 1
+    for name, result, want, baseline in zip(("out", "lse", *NAMES), got, exact, plain, strict=False):
+        error, plain_error = ((x.double() - want).abs().max() for x in (result, baseline))
+        assert error <= 2 * plain_error + torch.finfo(dtype).eps * want.abs().max(), name
+
+
+def test_dropout_of_prompt_rows_is_the_same_in_forward_and_backward():
+    """The output is linear in the values: their gradient is that of the very weights that were kept."""
+    args, prompt, lengths = inputs([20], heads=2, kv_heads=1), 5, [9, 6]
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    other, grad = torch.randn_like(args[2]), torch.randn_like(args[0])
+
+    def call(value):
+        torch.manual_seed(3)
+        options = dict(prompt_rows=prompt, is_causal=True, dropout_p=0.4, backend="triton")
+        return prefix_attention(*args[:2], value, None, None, cu_seqlens, **options)
+
+    value = args[2].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(call(value), value, grad)
+    change = (call(other) - call(args[2])).double()
+    torch.testing.assert_close(
+        (change * grad).sum(), ((other - args[2]).double() * gradient).sum(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_dropout_is_the_same_in_forward_and_backward():
@@ -206,7 +273,7 @@ def test_opcheck(chosen):
     for x in args[:5]:
         x.requires_grad_()
     seed = torch.tensor([7], device=DEVICE) if "dropout_p" in chosen else None
-    torch.library.opcheck(backend._prefix_attention, (*args, seed, *options(**chosen)))
+    torch.library.opcheck(backend._prefix_attention, (*args, seed, *options(**chosen), 0))
 
 
 def test_compile():

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from fastprompt.ops._autograd import once_differentiable
-from fastprompt.ops._triton import block_of, precision, readable, why_not
+from fastprompt.ops._autograd import direct, once_differentiable, with_derivative
+from fastprompt.ops._triton import block_of, cdiv, precision, readable, why_not
 
 from . import triton_infonce, triton_kernels
 
@@ -54,8 +53,7 @@ def row_configuration(features: int) -> dict[str, int]:
     return dict(ROWS=max(1, 1024 // block), BLOCK=block, num_warps=max(4, block // 256))
 
 
-@torch.library.custom_op("fastprompt::alignment_loss_triton", mutates_args=())
-def _alignment_loss(
+def _compute(
     student: Tensor,
     teacher: Tensor,
     weight: Tensor,
@@ -96,6 +94,10 @@ def _gradients(student: Tensor, inputs: Sequence[Tensor | None], needs: Sequence
     return [x.new_empty(x.shape if need else (0,)) for x, need in zip(given, needs, strict=True)]
 
 
+_alignment_loss = torch.library.custom_op("fastprompt::alignment_loss_triton", _compute, mutates_args=())
+_run = direct(torch.ops.fastprompt.alignment_loss_triton.default, _compute)
+
+
 @_alignment_loss.register_fake
 def _(student, teacher, weight, bias, row_weight, grad, normalize, distance, temperature, reduction, needs):
     loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=torch.float32)
@@ -134,10 +136,10 @@ def _cosine_losses(
     """
     (rows, features), depth = teacher.shape, student.shape[1]
     config = configuration(rows, features, depth, student.dtype)
-    tiles, columns = triton.cdiv(rows, config["ROWS"]), config["COLUMNS"]
-    splits = max(1, min(triton.cdiv(features, columns), PROGRAMS // tiles))
-    features_per_split = triton.cdiv(triton.cdiv(features, splits), columns) * columns
-    splits = triton.cdiv(features, features_per_split)
+    tiles, columns = cdiv(rows, config["ROWS"]), config["COLUMNS"]
+    splits = max(1, min(cdiv(features, columns), PROGRAMS // tiles))
+    features_per_split = cdiv(cdiv(features, splits), columns) * columns
+    splits = cdiv(features, features_per_split)
     sums = losses.new_empty(splits, 3, rows)
     triton_kernels.sums_kernel[(tiles, splits)](
         *(student, teacher, weight, bias, row_weight, sums),
@@ -147,7 +149,7 @@ def _cosine_losses(
         PRECISION=precision(),
         **config,
     )
-    triton_kernels.cosine_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
+    triton_kernels.cosine_kernel[(cdiv(rows, MERGED_ROWS),)](
         *(sums, row_weight, share, losses, rows, scale, splits),
         ROWS=MERGED_ROWS,
     )
@@ -187,7 +189,7 @@ def _losses_and_gradients(
             options = unit, peaks, totals, row_weight, share, scale, temperature, first, end
             grad_u = _infonce_gradient(0, *options) if z_needs else None
             grad_v = _infonce_gradient(1, *options) if teacher_needs else None
-        triton_kernels.row_kernel[(triton.cdiv(end - first, config["ROWS"]),)](
+        triton_kernels.row_kernel[(cdiv(end - first, config["ROWS"]),)](
             *(z, teacher, row_weight, share, infonce, grad_u, grad_v, losses, grad_teacher),
             *(teacher.stride(0), first, end, rows, scale),
             FEATURES=features,
@@ -223,7 +225,7 @@ def _infonce(
     unit = z.new_empty(2, rows, features)
     peaks, totals, losses = torch.empty((3, 2, rows), dtype=torch.float32, device=z.device)
     config = row_configuration(features)
-    triton_kernels.normalize_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+    triton_kernels.normalize_kernel[(cdiv(rows, config["ROWS"]),)](
         *(z, teacher, row_weight, unit, teacher.stride(0), rows),
         FEATURES=features,
         NORMALIZE=normalize,
@@ -231,7 +233,7 @@ def _infonce(
     )
     # Programs for the whole GPU come before large tiles.
     config = configuration(rows // 32, rows // 2, features, z.dtype)
-    triton_infonce.infonce_kernel[(triton.cdiv(rows, config["ROWS"]), 2)](
+    triton_infonce.infonce_kernel[(cdiv(rows, config["ROWS"]), 2)](
         *(unit, row_weight, peaks, totals, losses, rows, 1 / temperature),
         FEATURES=features,
         PRECISION=precision(),
@@ -254,11 +256,13 @@ def _infonce_gradient(
 ) -> Tensor:
     """The gradient (end - first, Dt) of the normalised rows first..end of one side."""
     _, rows, features = unit.shape
-    grad = unit.new_empty(end - first, rows)
+    grad = unit.new_empty(end - first, cdiv(rows, 16) * 16)[
+        :, :rows
+    ]  # rows that begin where 16 bytes are stored at once
     config = configuration(end - first, rows, features, unit.dtype)
-    grid = triton.cdiv(rows, config["COLUMNS"]), triton.cdiv(end - first, config["ROWS"])
+    grid = cdiv(rows, config["COLUMNS"]), cdiv(end - first, config["ROWS"])
     triton_infonce.similarity_gradient_kernel[grid](
-        *(unit, row_weight, share, peaks, totals, grad, side, first, end, rows, 1 / temperature, scale),
+        *(unit, row_weight, share, peaks, totals, grad, side, first, end, rows, grad.stride(0), 1 / temperature, scale),
         FEATURES=features,
         PRECISION=precision(),
         **config,
@@ -285,12 +289,17 @@ def _backward(ctx, grad, *second):
         grads = [grad * g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
     else:
         options = ctx.normalize, ctx.distance, ctx.temperature, ctx.reduction
-        _, *found = _alignment_loss(*ctx.saved_tensors, grad, *options, needs)
+        _, *found = _run(*ctx.saved_tensors, grad, *options, needs)
         grads = [g if need else None for g, need in zip(found, needs, strict=True)]
     return *grads, *[None] * 6
 
 
-_alignment_loss.register_autograd(once_differentiable("alignment_loss", _backward), setup_context=_setup_context)
+_differentiable = with_derivative(
+    torch.ops.fastprompt.alignment_loss_triton.default,
+    _setup_context,
+    once_differentiable("alignment_loss", _backward),
+    _compute,
+)
 
 
 def alignment_loss(
@@ -308,4 +317,4 @@ def alignment_loss(
     inputs = student, teacher, weight, bias, row_weight
     in_forward = torch.is_grad_enabled() and reduction != "none" and student.dtype != torch.float16
     needs = [in_forward and x is not None and x.requires_grad for x in inputs]
-    return _alignment_loss(*inputs, None, normalize, distance, temperature, reduction, needs)[0]
+    return _differentiable(*inputs, None, normalize, distance, temperature, reduction, needs)[0]

@@ -37,7 +37,7 @@ def similarities(
     return product * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["peaks", "totals", "losses"])
 def infonce_kernel(
     unit,
     row_weight,
@@ -83,7 +83,7 @@ def softmax_gradient(s, own, peaks, totals, share, first, i, kept, scale, AXIS: 
     return tl.expand_dims(load_share(share, i, kept, scale), AXIS) * (tl.exp(s - peak) / total - own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["side", "first", "end", "rows"], do_not_specialize_on_alignment=["peaks", "totals"])
 def similarity_gradient_kernel(
     unit,
     row_weight,
@@ -95,6 +95,7 @@ def similarity_gradient_kernel(
     first,
     end,
     rows,
+    grad_stride,
     scale,
     share_scale,
     FEATURES: tl.constexpr,
@@ -115,5 +116,5 @@ def similarity_gradient_kernel(
     ds = softmax_gradient(s, own, peaks, totals, share, side * rows, row, kept, share_scale, 1)
     ds += softmax_gradient(s, own, peaks, totals, share, (1 - side) * rows, column, kept_column, share_scale, 0)
     ds = tl.where(kept[:, None] & kept_column[None, :], ds * (0.5 * scale), 0.0)
-    target = grad + local.to(tl.int64)[:, None] * rows + column[None, :]
+    target = grad + local.to(tl.int64)[:, None] * grad_stride + column[None, :]
     tl.store(target, ds.to(grad.dtype.element_ty), mask=(row < end)[:, None] & (column < rows)[None, :])

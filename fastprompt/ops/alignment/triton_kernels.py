@@ -128,7 +128,7 @@ def find_sizes(
     return mean_z, inverse_z, to_unit_z, mean_t, inverse_t, to_unit_t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "features_per_split"])
 def sums_kernel(
     student,
     teacher,
@@ -173,7 +173,7 @@ def sums_kernel(
     tl.store(written + 2 * rows, zt, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def cosine_kernel(
     sums,
     row_weight,
@@ -253,7 +253,7 @@ def through_normalization(
     return grad * inverse[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "end", "rows"])
 def row_kernel(
     z,
     teacher,
@@ -351,7 +351,7 @@ def row_kernel(
                 tl.store(target, dt.to(grad_teacher.dtype.element_ty), mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize_kernel(
     z,
     teacher,

@@ -102,10 +102,11 @@ def prefix_attention(
         result = native.prefix_attention(
             query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options, prompt_rows
         )
-    elif prompt_rows:
+    elif prompt_rows and backend != "triton":
         result = _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options)
     else:
-        result = _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options)
+        tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
+        result = _run(backend, *tensors, *options, prompt_rows=prompt_rows)
     return result if return_lse else result[0]
 
 
@@ -199,12 +200,12 @@ def _why_not_triton(query: Tensor) -> str | None:
     return triton.why_not(query)
 
 
-def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options):
+def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options, prompt_rows=0):
     tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
     if backend == "triton":
         from . import triton  # here, not at the top: it imports the package triton
 
-        return triton.prefix_attention(*tensors, *options)
+        return triton.prefix_attention(*tensors, *options, prompt_rows)
     if backend == "native":
         return native.prefix_attention(*tensors, *options)
     if backend == "cpu":

@@ -4,12 +4,11 @@ All launches follow from shapes; no value on the device is read on the host.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from fastprompt.ops import _triton
-from fastprompt.ops._autograd import once_differentiable
-from fastprompt.ops._triton import block_of, precision, readable
+from fastprompt.ops._autograd import direct, once_differentiable, with_derivative
+from fastprompt.ops._triton import block_of, cdiv, precision, readable
 
 from . import triton_backward as backward_kernels
 from . import triton_kernels as forward_kernels
@@ -29,7 +28,8 @@ FLOAT32_CONFIGURATIONS = {
     "columns": {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 DELTA_ROWS = 32
-SPLITS, PROGRAMS = 16, 256  # of the prefix's gradient: at most so many partial sums, for about so many programs
+PROGRAMS = 264  # of the prefix's gradient: two for each of an H100's multiprocessors, each with its own partial sum
+SUMMED = dict(SPLITS=16, COLUMNS=128)  # the tile of partial sums that is added up at once
 
 
 def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, columns: int) -> dict[str, int]:
@@ -43,8 +43,8 @@ def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, col
     block = block_of(features)
     table = (FLOAT32_CONFIGURATIONS if dtype == torch.float32 else CONFIGURATIONS)[kernel]
     most_rows, most_columns, warps, stages = table[max(64, block)]
-    tile_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
-    tile_columns = min(most_columns, max(16, triton.next_power_of_2(columns)))
+    tile_rows = min(most_rows, block_of(rows))
+    tile_columns = min(most_columns, block_of(columns))
     owned, most_owned = (tile_columns, most_columns) if kernel == "columns" else (tile_rows, most_rows)
     warps = max(block // 64, warps * owned // most_owned, 1)  # they share the sums of the tile that stays
     return dict(
@@ -57,14 +57,19 @@ def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, col
     )
 
 
-def _typical(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
+def _segments(cu_seqlens: Tensor, prompt_rows: int) -> int:
+    return cu_seqlens.shape[0] - (prompt_rows == 0)  # the prompt's rows are one more
+
+
+def _typical(query: Tensor, key: Tensor, segments: int) -> tuple[int, int]:
     """The mean segment's tokens, and its rows in a tile: one per token and query head of a group."""
-    tokens = max(1, triton.cdiv(query.shape[0], max(1, cu_seqlens.shape[0] - 1)))
+    tokens = max(1, cdiv(query.shape[0], max(1, segments)))
     return tokens, tokens * (query.shape[1] // key.shape[1])
 
 
-def _slots(rows: int, block: int, cu_seqlens: Tensor) -> int:
-    return rows // block + cu_seqlens.shape[0] - 1  # see find_tile
+def _prefix_of(x: Tensor, prefix_x: Tensor, prompt_rows: int) -> Tensor:
+    """The bank that segments read: the prompt's rows, where they are theirs."""
+    return x[:prompt_rows].transpose(0, 1).unsqueeze(0) if prompt_rows else prefix_x
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -82,8 +87,7 @@ def _reach(window: int | None, is_causal: bool) -> int | None:
     return window - 1 if window is not None and is_causal else window
 
 
-@torch.library.custom_op("fastprompt::prefix_attention_triton", mutates_args=())
-def _prefix_attention(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -98,22 +102,26 @@ def _prefix_attention(
     softcap: float | None,
     prefix_in_window: bool,
     dropout_p: float,
+    prompt_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [_readable(x) for x in (query, key, value, prefix_key, prefix_value)]
+    tensors = [_readable(x) for x in (query, key, value)]
+    banks = zip(tensors[1:], (prefix_key, prefix_value), strict=True)
+    tensors += [_readable(_prefix_of(x, bank, prompt_rows)) for x, bank in banks]
     out, lse, peak_sum = _outputs(tensors[0])
     tokens, heads, features = query.shape
-    kv_heads, prefix = key.shape[1], prefix_key.shape[2]
-    typical, typical_rows = _typical(query, key, cu_seqlens)
+    kv_heads, prefix, segments = key.shape[1], tensors[3].shape[2], _segments(cu_seqlens, prompt_rows)
+    typical, typical_rows = _typical(query, key, segments)
     config = configuration("forward", features, tensors[0].dtype, typical_rows, max(typical, prefix))
-    slots = _slots(tokens * (heads // kv_heads), config["ROWS"], cu_seqlens)
+    slots = tokens * (heads // kv_heads) // config["ROWS"] + segments  # see find_tile
     if tokens:
         with torch.cuda.device_of(query):
             forward_kernels.forward_kernel[(slots, kv_heads)](
                 *(*tensors, cu_seqlens, prefix_index, seed, out, lse, peak_sum, _strides(*tensors)),
-                *(cu_seqlens.shape[0] - 1, prefix, scale, _reach(window, is_causal), softcap, dropout_p),
+                *(segments, prefix, scale, _reach(window, is_causal), softcap, dropout_p),
                 GROUP=heads // kv_heads,
                 CAUSAL=is_causal,
                 PREFIX_IN_WINDOW=prefix_in_window,
+                PROMPT=prompt_rows > 0,
                 PRECISION=precision(),
                 **config,
             )
@@ -127,13 +135,15 @@ def _outputs(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), lse, peak_sum
 
 
+_prefix_attention = torch.library.custom_op("fastprompt::prefix_attention_triton", _forward, mutates_args=())
+
+
 @_prefix_attention.register_fake
 def _(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, *options):
     return _outputs(query)
 
 
-@torch.library.custom_op("fastprompt::prefix_attention_triton_backward", mutates_args=())
-def _prefix_attention_backward(
+def _backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -151,34 +161,41 @@ def _prefix_attention_backward(
     softcap: float | None,
     prefix_in_window: bool,
     dropout_p: float,
+    prompt_rows: int,
     query_needs: bool,
     segments_need: bool,
     prefix_needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five gradients; empty are the query's, the key's and value's and the prefix's, where not needed."""
     dtype = query.dtype
-    grad, query, key, value, prefix_key, prefix_value, out = (
-        _readable(x) for x in (grad, query, key, value, prefix_key, prefix_value, out)
-    )
+    grad, query, key, value, out = (_readable(x) for x in (grad, query, key, value, out))
     needs = query_needs, segments_need, prefix_needs
-    grads = _gradients(query, key, value, prefix_key, prefix_value, *needs)
+    grads = _gradients(query, key, value, *(_readable(x) for x in (prefix_key, prefix_value)), *needs)
+    prefix_key, prefix_value = (
+        _readable(_prefix_of(x, bank, prompt_rows)) for x, bank in ((key, prefix_key), (value, prefix_value))
+    )
     (tokens, heads, features), kv_heads, prefix = query.shape, key.shape[1], prefix_key.shape[2]
-    group, segments = heads // kv_heads, cu_seqlens.shape[0] - 1
-    typical, typical_rows = _typical(query, key, cu_seqlens)
+    group, segments = heads // kv_heads, _segments(cu_seqlens, prompt_rows)
+    typical, typical_rows = _typical(query, key, segments)
     reach = _reach(window, is_causal)
     options = scale, reach, softcap, dropout_p
-    constants = dict(GROUP=group, PRECISION=precision())
+    constants = dict(GROUP=group, PROMPT=prompt_rows > 0, PRECISION=precision())
     delta = peak_sum.new_empty(peak_sum.shape[:2])
+    from_rows = query, cu_seqlens, prefix_index, seed, peak_sum, delta
+    prefix_grads = grads[1:3] if prompt_rows else grads[3:]
+    sums = None
+    if (segments_need if prompt_rows else prefix_needs) and prefix_key.numel():
+        sums = _PrefixSums(prefix_key, tokens - prompt_rows, group, prompt_rows > 0)
     with torch.cuda.device_of(query):
         if tokens:
-            backward_kernels.delta_kernel[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
+            backward_kernels.delta_kernel[(cdiv(tokens * heads, DELTA_ROWS),)](
                 *(grad, out, delta, grad.stride()[:-1], tokens * heads, heads),
                 *(features, block_of(features), DELTA_ROWS),
             )
         if query_needs and tokens:
             config = configuration("query", features, query.dtype, typical_rows, max(typical, prefix))
             tensors = query, key, value, prefix_key, prefix_value
-            backward_kernels.query_kernel[(_slots(tokens * group, config["ROWS"], cu_seqlens), kv_heads)](
+            backward_kernels.query_kernel[(tokens * group // config["ROWS"] + segments, kv_heads)](
                 *(grad, *tensors, cu_seqlens, prefix_index, seed, peak_sum, delta, grads[0]),
                 *(grad.stride()[:-1], _strides(*tensors), segments, prefix, *options),
                 CAUSAL=is_causal,
@@ -189,62 +206,76 @@ def _prefix_attention_backward(
         if segments_need and tokens:
             config = configuration("columns", features, query.dtype, typical_rows, typical)
             tensors = query, key, value
-            backward_kernels.key_value_kernel[(_slots(tokens, config["COLUMNS"], cu_seqlens), kv_heads)](
+            backward_kernels.key_value_kernel[(tokens // config["COLUMNS"] + segments, kv_heads)](
                 *(grad, *tensors, cu_seqlens, seed, peak_sum, delta, *grads[1:3]),
-                *(grad.stride()[:-1], _strides(*tensors), segments, *options),
+                *(sums.of_prompt if prompt_rows else (None, None)),
+                *(grad.stride()[:-1], _strides(*tensors), segments, prefix, *options),
                 CAUSAL=is_causal,
                 **constants,
                 **config,
             )
-        if prefix_needs and prefix_key.numel():
-            config = configuration("columns", features, query.dtype, tokens * group, prefix)
+        if sums is not None:
             window_reach = reach if prefix_in_window else None
-            _prefix_gradients(
-                *(grad, query, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, peak_sum, delta, grads[3:]),
-                *((scale, window_reach, softcap, dropout_p), constants, config),
-            )
+            options = scale, window_reach, softcap, dropout_p
+            sums.fill(prefix_grads, grad, prefix_key, prefix_value, *from_rows, options, constants)
     return tuple(x.to(dtype) for x in grads)
 
 
-def _prefix_gradients(
-    grad: Tensor,
-    query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    cu_seqlens: Tensor,
-    prefix_index: Tensor | None,
-    seed: Tensor | None,
-    peak_sum: Tensor,
-    delta: Tensor,
-    grads: tuple[Tensor, Tensor],
-    options: tuple,
-    constants: dict,
-    config: dict[str, int],
-) -> None:
-    """Fill `grads`, of prefix_key and prefix_value."""
-    tokens = query.shape[0]
-    entries, kv_heads, prefix, _ = prefix_key.shape
-    rows = tokens * constants["GROUP"]
-    blocks = triton.cdiv(prefix, config["COLUMNS"]) * entries * kv_heads
-    splits = max(1, min(SPLITS, PROGRAMS // blocks, rows // (2 * config["ROWS"])))
-    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config["ROWS"]) * config["ROWS"]
-    parts = grads
-    if splits > 1:
-        parts = partial = prefix_key.new_empty((2, splits, *prefix_key.shape), dtype=torch.float32)
-    row_segment = None
-    if prefix_index is not None or options[1] is not None:
-        token = torch.arange(tokens, dtype=torch.int32, device=query.device)
-        row_segment = torch.searchsorted(cu_seqlens[1:], token, right=True, out_int32=True)
-    tensors = query, prefix_key, prefix_value
-    backward_kernels.prefix_kernel[(triton.cdiv(prefix, config["COLUMNS"]), entries * kv_heads, splits)](
-        *(grad, *tensors, cu_seqlens, prefix_index, row_segment, seed, peak_sum, delta, parts[0], parts[1]),
-        *(grad.stride()[:-1], _strides(*tensors), rows, rows_per_split, kv_heads, prefix, *options),
-        **constants,
-        **config,
-    )
-    if splits > 1:
-        count = prefix_key.numel()
-        backward_kernels.sum_splits_kernel[(triton.cdiv(count, 1024), 2)](partial, *grads, splits, count, 1024)
+class _PrefixSums:
+    """The prefix's gradients, summed over parts of all rows apart, for about PROGRAMS programs.
+
+    A prompt's rows are one part more: what they give to their own keys and values.
+    """
+
+    def __init__(self, prefix_key: Tensor, tokens: int, group: int, is_prompt: bool):
+        entries, kv_heads, prefix, features = prefix_key.shape
+        self.rows = tokens * group
+        self.config = configuration("columns", features, prefix_key.dtype, self.rows, prefix)
+        self.tiles = cdiv(prefix, self.config["COLUMNS"]), entries * kv_heads
+        row_tiles = cdiv(self.rows, self.config["ROWS"])
+        splits = max(1, min(PROGRAMS // (self.tiles[0] * self.tiles[1]), row_tiles // 2))
+        self.rows_per_split = cdiv(row_tiles, splits) * self.config["ROWS"]
+        self.splits, self.parts, self.count = splits, splits + is_prompt, entries * kv_heads * prefix * features
+        self.partial = None
+        if self.parts > 1:
+            self.partial = prefix_key.new_empty((2, self.parts, self.count), dtype=torch.float32)
+
+    @property
+    def of_prompt(self) -> tuple[Tensor, Tensor]:
+        return self.partial[0, -1], self.partial[1, -1]
+
+    def fill(
+        self,
+        grads: tuple[Tensor, Tensor],
+        grad: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        query: Tensor,
+        cu_seqlens: Tensor,
+        prefix_index: Tensor | None,
+        seed: Tensor | None,
+        peak_sum: Tensor,
+        delta: Tensor,
+        options: tuple,
+        constants: dict,
+    ) -> None:
+        """Fill `grads`, of prefix_key and prefix_value, or the prompt's rows of those of key and value."""
+        row_segment = None
+        if prefix_index is not None or options[1] is not None:
+            token = torch.arange(self.rows // constants["GROUP"], dtype=torch.int32, device=query.device)
+            row_segment = torch.searchsorted(cu_seqlens[1:], token, right=True, out_int32=True)
+        tensors, kv_heads, prefix = (query, prefix_key, prefix_value), *prefix_key.shape[1:3]
+        parts = grads if self.partial is None else self.partial
+        backward_kernels.prefix_kernel[(*self.tiles, self.splits)](
+            *(grad, *tensors, cu_seqlens, prefix_index, row_segment, seed, peak_sum, delta, parts[0], parts[1]),
+            *(grad.stride()[:-1], _strides(*tensors), self.rows, self.rows_per_split, kv_heads, prefix, *options),
+            **constants,
+            **self.config,
+        )
+        if self.partial is not None:
+            backward_kernels.sum_splits_kernel[(cdiv(self.count, SUMMED["COLUMNS"]), 2)](
+                self.partial, *grads, self.parts, self.count, **SUMMED
+            )
 
 
 def _gradients(
@@ -253,6 +284,12 @@ def _gradients(
     needs = query_needs, segments_need, segments_need, prefix_needs, prefix_needs
     tensors = query, key, value, prefix_key, prefix_value
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(tensors, needs, strict=True))
+
+
+_prefix_attention_backward = torch.library.custom_op(
+    "fastprompt::prefix_attention_triton_backward", _backward, mutates_args=()
+)
+_run_backward = direct(torch.ops.fastprompt.prefix_attention_triton_backward.default, _backward)
 
 
 @_prefix_attention_backward.register_fake
@@ -271,13 +308,16 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward_formula(ctx, grad_out, *_):
     need = ctx.needs_input_grad
     needs = need[0], need[1] or need[2], need[3] or need[4]
-    grads = _prefix_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = _run_backward(grad_out, *ctx.saved_tensors, *ctx.options, *needs)
     wanted = [g if wants else None for g, wants in zip(grads, need[:5], strict=True)]
     return *wanted, *[None] * (len(need) - 5)
 
 
-_prefix_attention.register_autograd(
-    once_differentiable("prefix_attention", _backward_formula), setup_context=_setup_context
+_run = with_derivative(
+    torch.ops.fastprompt.prefix_attention_triton.default,
+    _setup_context,
+    once_differentiable("prefix_attention", _backward_formula),
+    _forward,
 )
 
 
@@ -302,6 +342,7 @@ def prefix_attention(
     softcap: float | None,
     prefix_in_window: bool,
     dropout_p: float,
+    prompt_rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and log-sum-exp (T, H), which is not differentiable; arguments as of ops.prefix_attention."""
     if reason := why_not(query):
@@ -311,7 +352,7 @@ def prefix_attention(
     seed = None
     if dropout_p > 0:  # drawn on the device, which nobody then waits for: a graph that is replayed draws anew
         seed = torch.randint_like(cu_seqlens[:1], 2**62, dtype=torch.int64)
-    return _prefix_attention(
+    return _run(
         *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed),
-        *(is_causal, scale, window, softcap, prefix_in_window, dropout_p),
+        *(is_causal, scale, window, softcap, prefix_in_window, dropout_p, prompt_rows),
     )[:2]

@@ -22,7 +22,7 @@ from .triton_kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "heads"])
 def delta_kernel(
     grad,
     out,
@@ -42,7 +42,9 @@ def delta_kernel(
     tl.store(delta + row, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=valid)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["segments", "prefix", "reach"], do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"]
+)
 def query_kernel(
     grad,
     query,
@@ -69,13 +71,16 @@ def query_kernel(
     FEATURES_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
     PREFIX_IN_WINDOW: tl.constexpr,
+    PROMPT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The query's gradient (T, H, D), one tile of rows. Grid: (slots, Hkv)."""
     query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides = strides
-    segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
+    segment, begin, length, first_row, prefix = find_tile(
+        tl.program_id(0), cu_seqlens, segments, prefix, GROUP, ROWS, PROMPT
+    )
     if first_row >= length * GROUP:
         return
     kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP
@@ -189,7 +194,7 @@ def add_rows(
     return sums_key, sums_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "prefix", "reach"], do_not_specialize_on_alignment=["cu_seqlens"])
 def key_value_kernel(
     grad,
     query,
@@ -201,9 +206,12 @@ def key_value_kernel(
     delta,
     grad_key,
     grad_value,
+    partial_key,
+    partial_value,
     grad_strides,
     strides,
     segments,
+    prefix,
     scale,
     reach,
     softcap,
@@ -212,13 +220,17 @@ def key_value_kernel(
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PROMPT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradients (T, Hkv, D) of key and value, one tile of a segment's columns. Grid: (slots, Hkv)."""
+    """The gradients (T, Hkv, D) of key and value, one tile of a segment's columns. Grid: (slots, Hkv).
+
+    Those of a prompt's rows are one of the sums that sum_splits_kernel adds up, partial_key and partial_value.
+    """
     query_strides, key_strides, value_strides = strides
-    _, begin, length, first_column = find_tile(tl.program_id(0), cu_seqlens, segments, 1, COLUMNS)
+    _, begin, length, first_column, _ = find_tile(tl.program_id(0), cu_seqlens, segments, prefix, 1, COLUMNS, PROMPT)
     if first_column >= length:
         return
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
@@ -244,11 +256,19 @@ def key_value_kernel(
             *(FEATURES, FEATURES_BLOCK, CAUSAL, PRECISION, ROWS, COLUMNS),
         )
     written = row_offsets(begin + column, kv_head, (kv_heads * FEATURES, FEATURES))
+    if PROMPT:
+        own = there & (begin + column < prefix)
+        store_rows(partial_key, written, own, sums_key * scale, FEATURES, FEATURES_BLOCK)
+        store_rows(partial_value, written, own, sums_value, FEATURES, FEATURES_BLOCK)
+        there = there & (begin + column >= prefix)
     store_rows(grad_key, written, there, sums_key * scale, FEATURES, FEATURES_BLOCK)
     store_rows(grad_value, written, there, sums_value, FEATURES, FEATURES_BLOCK)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "rows_per_split", "kv_heads", "prefix", "reach"],
+    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"],
+)
 def prefix_kernel(
     grad,
     query,
@@ -275,17 +295,23 @@ def prefix_kernel(
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
+    PROMPT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The gradients of the prefixes, summed over a part of all rows: (splits, N, Hkv, P, D).
 
+    Of a prompt, (splits, P, Hkv, D), over the `rows` behind its own.
+
     A prefix is columns to the rows of all segments alike, so tiles of rows go across segments. Which rows read another
     prefix of a bank, or are too far behind, is looked up in row_segment (T,); None where neither can be.
 
     Grid: (tiles of P, N * Hkv, splits).
     """
+    before = 0
+    if PROMPT:
+        before = prefix
     query_strides, prefix_key_strides, prefix_value_strides = strides
     entry, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     wide = kv_head.to(tl.int64)
@@ -318,25 +344,50 @@ def prefix_kernel(
         if some:
             sums_key, sums_value = add_rows(
                 *(sums_key, sums_value, k, v, first_column, grad, query, peak_sum, delta, grad_strides, query_strides),
-                *(token, head, kv_heads * GROUP, position, valid, seed, 0, prefix, scale, reach, softcap, dropout_p),
+                *(
+                    before + token,
+                    head,
+                    kv_heads * GROUP,
+                    position,
+                    valid,
+                    seed,
+                    0,
+                    prefix,
+                    scale,
+                    reach,
+                    softcap,
+                    dropout_p,
+                ),
                 *(FEATURES, FEATURES_BLOCK, False, PRECISION, ROWS, COLUMNS),
             )
-    block = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    written = (block.to(tl.int64) * prefix + column) * FEATURES
+    block = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    written = (block * prefix + column) * FEATURES
+    if PROMPT:
+        written = ((tl.program_id(2).to(tl.int64) * prefix + column) * kv_heads + kv_head) * FEATURES
     store_rows(grad_prefix_key, written, there, sums_key * scale, FEATURES, FEATURES_BLOCK)
     store_rows(grad_prefix_value, written, there, sums_value, FEATURES, FEATURES_BLOCK)
 
 
-@triton.jit
-def sum_splits_kernel(partial, grad_prefix_key, grad_prefix_value, splits, count, BLOCK: tl.constexpr):
-    """The sums of partial (2, splits, count) over its splits, in their order. Grid: (blocks of count, 2)."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["splits"])
+def sum_splits_kernel(
+    partial,
+    grad_prefix_key,
+    grad_prefix_value,
+    splits,
+    count,
+    SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sums of partial (2, splits, count) over its splits, always in one order. Grid: (blocks of count, 2)."""
+    i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     which = tl.program_id(1)
     first = partial + which.to(tl.int64) * splits * count
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        total += tl.load(first + split * count + i, mask=i < count, other=0.0)
+    total = tl.zeros((SPLITS, COLUMNS), dtype=tl.float32)  # several splits' loads are under way at once
+    for begin in range(0, splits, SPLITS):
+        split = begin + tl.arange(0, SPLITS)
+        there = (split < splits)[:, None] & (i < count)[None, :]
+        total += tl.load(first + split.to(tl.int64)[:, None] * count + i[None, :], mask=there, other=0.0)
     grad = grad_prefix_key
     if which == 1:
         grad = grad_prefix_value
-    tl.store(grad + i, total.to(grad.dtype.element_ty), mask=i < count)
+    tl.store(grad + i, tl.sum(total, 0).to(grad.dtype.element_ty), mask=i < count)

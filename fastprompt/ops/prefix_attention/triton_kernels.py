@@ -8,7 +8,11 @@ this order: the factor would round products to their own size, and the differenc
 very weights of the forward from each row's peak, its greatest product, and sum; from a log-sum-exp, which is rounded to
 the size of the scores, it could not.
 
+Where the first rows are a prompt (PROMPT), they are segment 0, which has no prefix; the segments of cu_seqlens, which
+counts from behind them, come after it, and their prefix is the prompt's keys and values.
+
 Arguments that are None (prefix_index, reach, softcap, seed) and GROUP, FEATURES, ... are constants of the compilation.
+What varies from batch to batch is no reason to compile anew, whether it is a multiple of 16 or not: do_not_specialize.
 """
 
 import triton
@@ -21,20 +25,31 @@ SEARCHED = tl.constexpr(128)
 
 
 @triton.jit
-def find_tile(slot, cu_seqlens, segments, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Which segment, and which BLOCK of its rows, a program works on: (segment, begin, length, first row).
+def segment_begin(cu_seqlens, b, prefix, valid, PROMPT: tl.constexpr):
+    """The first row of segment b, or of several."""
+    if PROMPT:
+        return tl.load(cu_seqlens + b - 1, mask=valid & (b > 0), other=-prefix) + prefix
+    else:
+        return tl.load(cu_seqlens + b, mask=valid, other=0)
 
-    Segment b owns the slots from cu_seqlens[b] * GROUP // BLOCK + b on: at least as many as it has tiles, so the grid
+
+@triton.jit
+def find_tile(slot, cu_seqlens, segments, prefix, GROUP: tl.constexpr, BLOCK: tl.constexpr, PROMPT: tl.constexpr):
+    """Which segment, and which BLOCK of its rows, a program works on: (segment, begin, length, first row, its prefix).
+
+    Segment b owns the slots from its begin * GROUP // BLOCK + b on: at least as many as it has tiles, so the grid
     follows from shapes alone. The first row of a slot that is too many lies behind the segment's last.
     """
     segment = -1
     for first in range(0, segments, SEARCHED):
         b = first + tl.arange(0, SEARCHED)
-        begin = tl.load(cu_seqlens + b, mask=b < segments, other=0)
+        begin = segment_begin(cu_seqlens, b, prefix, b < segments, PROMPT)
         segment += tl.sum(((begin * GROUP // BLOCK + b <= slot) & (b < segments)).to(tl.int32))
-    begin = tl.load(cu_seqlens + segment)
-    length = tl.load(cu_seqlens + segment + 1) - begin
-    return segment, begin, length, (slot - begin * GROUP // BLOCK - segment) * BLOCK
+    begin = segment_begin(cu_seqlens, segment, prefix, segment >= 0, PROMPT)
+    length = segment_begin(cu_seqlens, segment + 1, prefix, segment >= 0, PROMPT) - begin
+    if PROMPT:
+        prefix = tl.where(segment == 0, 0, prefix)
+    return segment, begin, length, (slot - begin * GROUP // BLOCK - segment) * BLOCK, prefix
 
 
 @triton.jit
@@ -167,7 +182,9 @@ def source(tensor, prefix_tensor, strides, prefix_strides, begin, entry, kv_head
     return segment_source, prefix_tensor + prefix_offset
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["segments", "prefix", "reach"], do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"]
+)
 def forward_kernel(
     query,
     key,
@@ -192,13 +209,16 @@ def forward_kernel(
     FEATURES_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
     PREFIX_IN_WINDOW: tl.constexpr,
+    PROMPT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """out (T, H, D), log-sum-exp (T, H), peak and sum (T, H, 2) of one tile of rows. Grid: (slots, Hkv)."""
     query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides = strides
-    segment, begin, length, first_row = find_tile(tl.program_id(0), cu_seqlens, segments, GROUP, ROWS)
+    segment, begin, length, first_row, prefix = find_tile(
+        tl.program_id(0), cu_seqlens, segments, prefix, GROUP, ROWS, PROMPT
+    )
     if first_row >= length * GROUP:
         return
     kv_head, heads = tl.program_id(1), tl.num_programs(1) * GROUP

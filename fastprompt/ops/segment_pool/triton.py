@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import INTERPRETED, why_not
+from .._triton import INTERPRETED, cdiv, why_not
 from ._autograd import differentiable
 
 __all__ = ["segment_pool", "why_not"]
@@ -27,7 +27,7 @@ def taken_rows(cu_seqlens, segment, TAKE: tl.constexpr):
     return begin, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["cu_seqlens"])
 def pool_kernel(hidden, cu_seqlens, pooled, width, TAKE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     segment = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -43,7 +43,7 @@ def pool_kernel(hidden, cu_seqlens, pooled, width, TAKE: tl.constexpr, ROWS: tl.
     tl.store(to, mean.to(pooled.dtype.element_ty), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "search_steps", "rows"], do_not_specialize_on_alignment=["cu_seqlens"])
 def spread_kernel(
     grad,
     cu_seqlens,
@@ -75,27 +75,25 @@ def spread_kernel(
     tl.store(to, value.to(grad_hidden.dtype.element_ty), mask=(row < rows)[:, None] & inside)
 
 
-@torch.library.custom_op("fastprompt::segment_pool_triton", mutates_args=())
-def _segment_pool(hidden: Tensor, cu_seqlens: Tensor, take: int) -> Tensor:
+def _pool(hidden: Tensor, cu_seqlens: Tensor, take: int) -> Tensor:
     width, segments = hidden.shape[1], cu_seqlens.shape[0] - 1
     source, cu_seqlens = _computable(hidden), cu_seqlens.contiguous()
     pooled = source.new_empty(segments, width)
     if pooled.numel():
         with torch.cuda.device_of(hidden):
-            pool_kernel[(segments, triton.cdiv(width, TILE["COLUMNS"]))](
+            pool_kernel[(segments, cdiv(width, TILE["COLUMNS"]))](
                 *(source, cu_seqlens, pooled, width), TAKE=take, **TILE
             )
     return pooled.to(hidden.dtype)
 
 
-@torch.library.custom_op("fastprompt::segment_pool_triton_backward", mutates_args=())
-def _segment_pool_backward(grad: Tensor, cu_seqlens: Tensor, rows: int, take: int) -> Tensor:
+def _spread(grad: Tensor, cu_seqlens: Tensor, rows: int, take: int) -> Tensor:
     width, segments = grad.shape[1], cu_seqlens.shape[0] - 1
     source, cu_seqlens = _computable(grad), cu_seqlens.contiguous()
     grad_hidden = source.new_empty(rows, width)
     if grad_hidden.numel():
         with torch.cuda.device_of(grad):
-            spread_kernel[(triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(width, TILE["COLUMNS"]))](
+            spread_kernel[(cdiv(rows, TILE["ROWS"]), cdiv(width, TILE["COLUMNS"]))](
                 *(source, cu_seqlens, grad_hidden, segments, (segments - 1).bit_length(), rows, width),
                 TAKE=take,
                 **TILE,
@@ -106,6 +104,10 @@ def _segment_pool_backward(grad: Tensor, cu_seqlens: Tensor, rows: int, take: in
 def _computable(x: Tensor) -> Tensor:
     """x contiguous, in a type that the interpreter can compute with: it has no bfloat16."""
     return (x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x).contiguous()
+
+
+_segment_pool = torch.library.custom_op("fastprompt::segment_pool_triton", _pool, mutates_args=())
+_segment_pool_backward = torch.library.custom_op("fastprompt::segment_pool_triton_backward", _spread, mutates_args=())
 
 
 @_segment_pool.register_fake
@@ -119,5 +121,8 @@ def _(grad: Tensor, cu_seqlens: Tensor, rows: int, take: int) -> Tensor:
 
 
 segment_pool = differentiable(
-    torch.ops.fastprompt.segment_pool_triton.default, torch.ops.fastprompt.segment_pool_triton_backward.default
+    torch.ops.fastprompt.segment_pool_triton.default,
+    torch.ops.fastprompt.segment_pool_triton_backward.default,
+    _pool,
+    _spread,
 )
