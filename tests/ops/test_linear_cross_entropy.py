@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from layouts import LAYOUTS, in_layout
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt.ops import _checks, linear_cross_entropy
 from fastprompt.ops.linear_cross_entropy import chunked
 
 operator = importlib.import_module("fastprompt.ops.linear_cross_entropy")  # not the function of that name
-BACKENDS = [None, "chunked", "reference", "cut_cross_entropy"]
+BACKENDS = [None, "chunked", "at once", "reference", "cut_cross_entropy"]
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"softcap": 3.0}, {"label_smoothing": 0.3, "softcap": 0.7}]
 SHAPES = [(0, 4, 7), (1, 1, 1), (5, 33, 97), (63, 16, 250)]  # rows, features, vocabulary
 
@@ -53,6 +54,11 @@ def backend(request, monkeypatch):
         monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
         monkeypatch.delitem(sys.modules, "fastprompt.ops.linear_cross_entropy.cut", raising=False)
         monkeypatch.setattr(operator, "_choose", lambda backend, *_: backend)
+    if request.param == "at once":  # as on a GPU: a few rows and the whole vocabulary
+        own = chunked.piece
+        monkeypatch.setattr(chunked, "LOGITS", 8 * 8 * 90)
+        monkeypatch.setattr(chunked, "piece", lambda _, *rest: own("cuda", *rest))
+        return "chunked"
     return request.param
 
 
@@ -203,8 +209,6 @@ def test_without_values(backend, kind):
 
 def test_no_logits_beyond_a_chunk(monkeypatch):
     """And no product but the two of each chunk: none for the frozen weight."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -221,6 +225,63 @@ def test_no_logits_beyond_a_chunk(monkeypatch):
         linear_cross_entropy(hidden, weight, target).backward()
     assert max(size for _, size in seen) <= 10 * 400
     assert sum(function == torch.ops.aten.mm for function, _ in seen) == 2 * 3
+
+
+class Launches(TorchDispatchMode):
+    """Counts what is computed: views and new memory are none of it."""
+
+    FREE = "t view slice unsqueeze squeeze split detach empty new_empty alias expand permute promote_types".split()
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in self.FREE
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options, most", [({}, 10), ({"softcap": 30.0}, 15), ({"label_smoothing": 0.1}, 15)], ids=str)
+def test_launches_on_a_gpu(options, most):
+    """Of Gemma's vocabulary, as counted without one: those of a piece, and a few before and after."""
+    weight = torch.empty(262144, 640, dtype=torch.bfloat16, device="meta")
+    counts = []
+    for rows in (512, 1024):
+        hidden = torch.empty(rows, 640, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        target = torch.empty(rows, dtype=torch.int64, device="meta")
+        with Launches() as launches:
+            linear_cross_entropy(hidden, weight, target, **options).backward()
+        counts.append(launches.count)
+    assert counts[1] - counts[0] <= most + 2  # and the two pieces are joined
+    assert counts[0] <= most + 8
+
+
+def test_pieces():
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for rows, vocabulary, dtype, count in (
+        (440, 49152, half, 1), (512, 262144, half, 1), (513, 262144, single, 2), (8192, 262144, half, 16),
+        (8192, 128256, half, 8), (512, 262144, double, 2), (0, 10, half, 1), (3, 2**28, half, 3),
+    ):  # fmt: skip
+        each, words = chunked.piece("cuda", rows, vocabulary, dtype)
+        assert words == vocabulary and max(1, -(-rows // each)) == count
+        assert each * words * (8 if dtype == double else 4) <= 2**29 or each == 1
+        assert chunked.piece("cpu", rows, vocabulary, dtype) == (1024, 1024)
+
+
+def test_float16_is_scaled_before_it_is_rounded(monkeypatch):
+    """Rows that the model is sure of, under a loss scale, on a GPU: no less exact than plain PyTorch."""
+    hidden, weight, _ = inputs(40, 128, 200, torch.float32)
+    target, weight = torch.arange(40), weight * 0.05
+    weight[target] = 20 * hidden.detach() / hidden.detach().square().sum(1, keepdim=True)
+    hidden, weight, scale = hidden.detach().half().requires_grad_(), weight.half(), 2.0**15
+    exact = hidden.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(defined(exact, weight.double(), target) * scale, exact)
+    plain = F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="sum")
+    (plain,) = torch.autograd.grad(plain * scale, hidden)
+    monkeypatch.setattr(chunked, "VOCABULARY", 200)
+    (got,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, backend="chunked") * scale, hidden)
+    error, budget = ((x.double() - want).norm() for x in (got, plain))
+    assert error <= 1.1 * budget
 
 
 def test_no_second_derivative(backend):

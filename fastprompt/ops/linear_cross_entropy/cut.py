@@ -25,4 +25,4 @@ class _Cut(GradientWithLoss):
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             loss = losses.masked_fill(ignored, 0).sum()
         grad = torch.autograd.grad(loss, leaf)[0] if needed else hidden.new_empty(0)
-        return GradientWithLoss.finish(ctx, loss.detach(), grad)
+        return GradientWithLoss.finish(ctx, loss.detach(), grad, hidden.dtype)
