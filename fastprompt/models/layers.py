@@ -2,16 +2,18 @@
 
 A module changes its class to a subclass of its own, so it copies, pickles, trains and generates as before. Where a
 fused operator cannot run (another device or dtype, trained weights, autocast, torch.compile, which fuses by itself),
-the class's own forward does.
+the class's own forward does. Modules that something else has given a forward (Liger's kernels, accelerate's hooks) are
+left alone.
 """
+
+import inspect
 
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from fastprompt import _native
-from fastprompt.ops._checks import NATIVE_DTYPES
+from fastprompt.ops._checks import choose_elementwise
 from fastprompt.ops.gated import gated
 from fastprompt.ops.rms_norm import rms_norm
 from fastprompt.ops.rotary import rotary
@@ -24,16 +26,21 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of a configu
 def fuse_layers(model: nn.Module) -> None:
     """Give the layers of `model` their fused forward, those there is one for."""
     for module in model.modules():
-        if type(module) in FUSED:
+        if type(module) in FUSED and _is_stock(module):
             module.__class__ = FUSED[type(module)]
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether its class is transformers', not what stands under that name, and its forward the class's own."""
+    home = type(module).__module__
+    forward = inspect.unwrap(type(module).forward)
+    return home.startswith("transformers.") and forward.__module__ == home and "forward" not in vars(module)
 
 
 def _fits(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and x.dtype in NATIVE_DTYPES
-        and _native.available("cpu")
-        and not torch.is_autocast_enabled("cpu")
+        choose_elementwise(None, x, {}) != "reference"
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
     )
 

@@ -1,5 +1,6 @@
 """Checks that several operators share."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from numbers import Real
@@ -11,34 +12,51 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastprompt import _native
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
+ELEMENTWISE = {"cpu": "native", "cuda": "triton"}  # what runs an elementwise operator unless asked otherwise
+TRITON_FEATURES = 2**14  # of a row that one program holds
 
 
-def runs_native(backend: str | None, tensor: Tensor, constants: dict[str, Tensor]) -> bool:
-    """Whether an elementwise operator of the CPU library runs it, or the reference.
+def choose_elementwise(backend: str | None, tensor: Tensor, constants: dict[str, Tensor], features: int = 0) -> str:
+    """The backend of an operator that stands between a layer's products: "native", "triton" or "reference".
 
     Args:
-        backend: None (native where it can), "native" or "reference".
+        backend: None (the fast one of the device, where it can), or one of them.
         tensor: what the operator works on.
-        constants: by name, tensors that the native operator has no gradient of.
+        constants: by name, tensors that only the reference has a gradient of.
+        features: that are needed at once.
 
     Raises:
-        ValueError: an unknown backend, or "native" where it cannot run.
+        ValueError: an unknown backend, or one that cannot run.
     """
-    if backend not in (None, "native", "reference"):
-        raise ValueError(f"backend must be None, 'native' or 'reference', got {backend!r}")
-    if backend == "reference":
-        return False
-    why_not = None
-    if not _native.available(tensor.device.type) or tensor.device.type != "cpu":
-        why_not = _native.why_not("cpu") or f"it needs tensors on the CPU, got {tensor.device}"
-    elif tensor.dtype not in NATIVE_DTYPES:
-        why_not = f"it needs one of {NATIVE_DTYPES}, got {tensor.dtype}"
-    elif torch.is_grad_enabled():
+    if backend not in (None, "native", "triton", "reference"):
+        raise ValueError(f"backend must be None, 'native', 'triton' or 'reference', got {backend!r}")
+    chosen = backend or ELEMENTWISE.get(tensor.device.type, "reference")
+    if chosen == "reference":
+        return chosen
+    why_not = (_why_not_native if chosen == "native" else _why_not_triton)(tensor, features)
+    if why_not is None and torch.is_grad_enabled():
         trains = [name for name, constant in constants.items() if constant.requires_grad]
         why_not = f"it has no gradient of {trains[0]}" if trains else None
-    if why_not and backend == "native":
-        raise ValueError(f"backend 'native' is not available: {why_not}")
-    return why_not is None
+    if why_not and backend:
+        raise ValueError(f"backend {backend!r} is not available: {why_not}")
+    return "reference" if why_not else chosen
+
+
+def _why_not_native(tensor: Tensor, features: int) -> str | None:
+    if tensor.device.type != "cpu" or not _native.available("cpu"):
+        return _native.why_not("cpu") or f"it needs tensors on the CPU, got {tensor.device}"
+    return None if tensor.dtype in NATIVE_DTYPES else f"it needs one of {NATIVE_DTYPES}, got {tensor.dtype}"
+
+
+def _why_not_triton(tensor: Tensor, features: int) -> str | None:
+    if not HAS_TRITON:
+        return "it needs the package triton, which is not installed"
+    from . import _triton
+
+    if reason := _triton.why_not(tensor):
+        return f"it {reason}"
+    return None if features <= TRITON_FEATURES else f"it takes up to {TRITON_FEATURES} features, got {features}"
 
 
 def check_like(tensors: dict[str, Tensor]) -> None:

@@ -227,7 +227,7 @@ def pooling(backend, dtype, how, pool, segments, features, bounds_layout, **comm
 
 
 @operator(
-    [*NATIVE],
+    [*NATIVE, *TRITON],
     how=trained(("x", "weight")),
     shape=st.lists(st.integers(0, 9), max_size=3),
     features=st.integers(1, 70),
@@ -243,7 +243,7 @@ def norm(backend, dtype, how, shape, features, eps, offset, size, **common):
 
 
 @operator(
-    [*NATIVE],
+    [*NATIVE, *TRITON],
     how=trained(("query", "key", "cos", "sin")),
     rows=st.integers(0, 20),
     heads=st.integers(0, 4),
@@ -263,7 +263,7 @@ def rotation(backend, dtype, how, rows, heads, kv_heads, half, **common):
 
 
 @operator(
-    [*NATIVE],
+    [*NATIVE, *TRITON],
     how=trained(("gate", "up")),
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=3),
     activation=st.sampled_from(["silu", "gelu_tanh"]),

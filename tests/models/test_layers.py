@@ -1,6 +1,7 @@
 """Fused layers: the modules stay what they were, and step aside where a fused operator cannot run."""
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -10,8 +11,22 @@ from helpers import DECODERS, batch, build
 
 from fastprompt import PromptConfig, PromptModel, _native
 from fastprompt.models.layers import FUSED, fuse_layers
+from fastprompt.ops import _checks
 
-pytestmark = pytest.mark.skipif(not _native.available("cpu"), reason=str(_native.why_not("cpu")))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+native_only = pytest.mark.skipif(not _native.available("cpu"), reason=str(_native.why_not("cpu")))
+NATIVE = pytest.param("native", marks=native_only)
+
+
+@pytest.fixture(params=[NATIVE, "triton"])
+def backend(request, monkeypatch):
+    """What runs the fused operators: as on a CPU, and as on a GPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if not INTERPRETED:
+            pytest.skip("needs TRITON_INTERPRET=1")
+        monkeypatch.setitem(_checks.ELEMENTWISE, "cpu", "triton")
+    return request.param
 
 
 def fused(family: str, auto: str = "AutoModelForCausalLM", dtype: torch.dtype = torch.float32):
@@ -29,21 +44,23 @@ def operators(model, hidden) -> set[str]:
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_a_training_step_runs_the_operators(family):
+def test_a_training_step_runs_the_operators(family, backend):
     model = PromptModel(build(family, "AutoModelForCausalLM", torch.float32), PromptConfig("prompt", 3)).train()
-    inputs = batch() | {"labels": torch.randint(5, 60, (4, 12))}
+    inputs = batch(lengths=(3, 2)) | {"labels": torch.randint(5, 60, (2, 3))}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(**inputs).loss.backward()
     names = {event.name for event in profile.events()}
-    assert {f"fastprompt::{name}" for name in ("rms_norm_backward", "rotary", "gated_backward")} <= names
+    suffix = "_triton" if backend == "triton" else ""
+    wanted = (f"rms_norm{suffix}_backward", f"rotary{suffix}", f"gated{suffix}_backward")
+    assert {f"fastprompt::{name}" for name in wanted} <= names
     assert not names & {"aten::silu", "aten::gelu", "aten::rsqrt"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", DECODERS)
-def test_same_logits_and_gradient_of_embeddings(family, dtype):
+def test_same_logits_and_gradient_of_embeddings(family, dtype, backend):
     model, stock = fused(family, dtype=dtype)
-    embeddings = torch.randn(2, 9, 48).to(dtype)
+    embeddings = torch.randn(1, 9, 48).to(dtype)
     out = []
     for each in (model, stock):
         leaf = embeddings.clone().requires_grad_()
@@ -55,6 +72,7 @@ def test_same_logits_and_gradient_of_embeddings(family, dtype):
         assert (ours - theirs).abs().max() < eps * theirs.abs().max()
 
 
+@native_only
 @pytest.mark.parametrize("family", DECODERS)
 def test_copies_pickles_saves_and_generates(family, tmp_path):
     model, stock = fused(family)
@@ -78,6 +96,39 @@ def test_copies_pickles_saves_and_generates(family, tmp_path):
     assert torch.equal(model.generate(**inputs, **options), stock.generate(**inputs, **options))
 
 
+def elsewhere(self, x):
+    """A forward that is not the class's own."""
+    return x
+
+
+def test_leaves_alone_what_others_have_patched(monkeypatch):
+    model = build("llama", dtype=torch.float32)
+    layer, other = model.layers[0], model.layers[1]
+    layer.mlp.forward = elsewhere.__get__(layer.mlp)  # as Liger's kernels for a model that is there, or a hook
+    fuse_layers(model)
+    assert type(layer.mlp) not in FUSED.values() and type(other.mlp) in FUSED.values()
+    hidden = torch.randn(1, 5, 48)
+    assert layer.mlp(hidden) is hidden
+    model = build("llama", dtype=torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.layers[0].mlp), "forward", elsewhere)  # a class patched for all
+        patch.setitem(FUSED, Stranger, FusedStranger)  # what stood under a class's name when it was imported
+        model.layers[0].input_layernorm = Stranger()
+        fuse_layers(model)
+    assert type(model.layers[0].mlp) not in FUSED.values()
+    assert type(model.layers[0].self_attn) in FUSED.values()
+    assert type(model.layers[0].input_layernorm) is Stranger
+
+
+class Stranger(torch.nn.Module):
+    forward = elsewhere
+
+
+class FusedStranger(Stranger):
+    pass
+
+
+@native_only
 def test_steps_aside():
     model, stock = fused("llama")
     layer, hidden = model.model.layers[0], torch.randn(1, 5, 48)

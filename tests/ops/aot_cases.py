@@ -11,7 +11,10 @@ from itertools import product
 import torch
 
 from fastprompt.ops.alignment import triton as alignment
+from fastprompt.ops.gated import triton as gated
 from fastprompt.ops.prefix_attention import triton as prefix_attention
+from fastprompt.ops.rms_norm import triton as rms_norm
+from fastprompt.ops.rotary import triton as rotary
 
 DTYPES = (torch.bfloat16, torch.float32)
 Case = tuple[str, bool, Callable[[], object]]
@@ -50,6 +53,7 @@ def cases() -> Iterator[Case]:
     for dtype, features, rows, name in product(DTYPES, WIDTHS, ROWS, ALIGNMENT):
         call = partial(call_alignment_loss, dtype, features, ROWS[rows], ALIGNMENT[name])
         yield f"alignment {str(dtype)[6:]:8} {features:<4} {rows:5} {name:8}", True, call
+    yield from elementwise_cases()
 
 
 def call_prefix_attention(dtype, features, lengths, options) -> None:
@@ -79,3 +83,38 @@ def call_alignment_loss(dtype, features, rows, options) -> None:
         *(student, student, weight, weight[0], row_weight, None, normalize, distance, 0.05, "mean"),
         [trains, trains and weighted, trains, trains, trains and weighted],
     )
+
+
+NORM = ((128, 32768), (256, 8192), (576, 4096), (3072, 8192), (8192, 1024), (16384, 64))  # features, rows
+ROTARY = ((9, 3, 64), (24, 8, 128), (4, 1, 256), (5, 5, 80))  # heads of query and key, features
+GATED = (1536, 8192)
+
+
+def elementwise_cases() -> Iterator[Case]:
+    for dtype, (features, rows) in product(DTYPES, NORM):
+        yield f"rms_norm {str(dtype)[6:]:8} {features:<5}", True, partial(call_rms_norm, dtype, features, rows)
+    for dtype, (heads, kv_heads, features) in product(DTYPES, ROTARY):
+        call = partial(call_rotary, dtype, heads, kv_heads, features)
+        yield f"rotary {str(dtype)[6:]:8} {features:<5} {heads}/{kv_heads}", True, call
+    for dtype, width, activation in product(DTYPES, GATED, ("silu", "gelu_tanh")):
+        call = partial(call_gated, dtype, width, activation)
+        yield f"gated {str(dtype)[6:]:8} {width:<5} {activation}", True, call
+
+
+def call_rms_norm(dtype, features, rows) -> None:
+    x, weight = (torch.empty(*shape, features, dtype=dtype, device="meta") for shape in ((rows,), ()))
+    rms_norm.run(x, weight, 1e-6, 1.0)
+    rms_norm.run_backward(x, x, weight, 1e-6, 1.0)
+
+
+def call_rotary(dtype, heads, kv_heads, features) -> None:
+    query, key = (torch.empty(4096, count, features, dtype=dtype, device="meta") for count in (heads, kv_heads))
+    cos = torch.empty(4096, features, dtype=dtype, device="meta")
+    for inverse in (False, True):
+        rotary.run(query, key, cos, cos, inverse)
+
+
+def call_gated(dtype, width, activation) -> None:
+    gate = torch.empty(4096, width, dtype=dtype, device="meta")
+    gated.run(gate, gate, activation)
+    gated.run_backward(gate, gate, gate, activation)

@@ -1,9 +1,11 @@
 """rms_norm, rotary and gated: the operators between the products of a decoder's layer."""
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +18,27 @@ from fastprompt.ops.gated import gated
 from fastprompt.ops.rms_norm import rms_norm
 from fastprompt.ops.rotary import rotary
 
-BACKENDS = [
-    pytest.param("native", marks=pytest.mark.skipif(not _native.available("cpu"), reason=str(_native.why_not("cpu")))),
-    "reference",
-]
-native_only = BACKENDS[0].marks[0]
+native_only = pytest.mark.skipif(not _native.available("cpu"), reason=str(_native.why_not("cpu")))
+triton_only = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = {"native": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference": "cpu"}
+TRITON = pytest.param("triton", marks=triton_only if INTERPRETED else [triton_only, pytest.mark.gpu])
+BACKENDS = [pytest.param("native", marks=native_only), TRITON, "reference"]
+DOUBLE = [BACKENDS[0], "reference"]  # those that compute in float64
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+def each(dtypes: list[torch.dtype]) -> list:
+    """Backends with the dtypes they compute in."""
+    wide = [
+        pytest.param(*x.values, dtype, marks=x.marks) if x != "reference" else (x, dtype)
+        for x in DOUBLE
+        for dtype in dtypes
+    ]
+    narrow = [dtype for dtype in dtypes if dtype != torch.float64]
+    return wide + [pytest.param("triton", dtype, marks=TRITON.marks) for dtype in (*narrow, torch.float16)]
+
+
 CALLS = {
     "llama norm": lambda x, w, **how: rms_norm(x, w, 1e-6, **how),
     "gemma norm": lambda x, w, **how: rms_norm(x, w, 1e-6, 1.0, **how),
@@ -64,18 +81,22 @@ def arguments(name: str, rows: int, width: int, dtype=torch.float64) -> tuple[li
 
 
 def run(call, trains, frozen, grads=None, **how):
-    leaves = [x.detach().requires_grad_() for x in trains]
-    out = call(*leaves, *frozen, **how)
+    """Outputs and gradients, and the gradients that came in; all of them where the inputs are."""
+    where = [DEVICE[how["backend"]] if "backend" in how else x.device for x in trains]
+    leaves = [x.detach().to(device).requires_grad_() for x, device in zip(trains, where, strict=True)]
+    out = call(*leaves, *(x.to(where[0]) for x in frozen), **how)
     out = out if isinstance(out, tuple) else (out,)
-    grads = [torch.randn_like(o) for o in out] if grads is None else grads
-    return [*out, *torch.autograd.grad(out, leaves, grads)], grads
+    grads = [torch.randn_like(o).to(trains[0].device) for o in out] if grads is None else grads
+    found = torch.autograd.grad(out, leaves, [x.to(where[0]) for x in grads])
+    return [x.to(trains[0].device) for x in (*out, *found)], grads
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), each(DTYPES), ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (3, 31), (63, 40), (97, 576)])
 @pytest.mark.parametrize("name", CALLS)
 def test_against_float64(name, rows, width, backend, dtype):
+    if backend == "triton" and INTERPRETED and "norm" not in name:
+        rows = min(rows, 9)  # a program each, at least
     trains, frozen = arguments(name, rows, width, dtype)
     got, grads = run(CALLS[name], trains, frozen, backend=backend)
     exact = [[x.double() for x in group] for group in (trains, frozen, grads)]
@@ -87,7 +108,7 @@ def test_against_float64(name, rows, width, backend, dtype):
         assert error <= 2 * budget + torch.finfo(dtype).eps * true.abs().max()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DOUBLE)
 @pytest.mark.parametrize("name", CALLS)
 def test_gradcheck(name, backend):
     trains, frozen = arguments(name, 3, 6)
@@ -100,19 +121,39 @@ OPERATORS = {  # as they are registered, with their own autograd
     "rotary": lambda *x: torch.ops.fastprompt.rotary(*x, False),
     "silu": lambda gate, up: torch.ops.fastprompt.gated(gate, up, 0),
 }
-TWICE = [(name, CALLS[name], backend) for name in OPERATORS for backend in ("native", "reference")]
-TWICE += [(name, OPERATORS[name], None) for name in OPERATORS]
+TRITON_OPERATORS = {
+    "llama norm": lambda x, w: torch.ops.fastprompt.rms_norm_triton(x, w, 1e-6, 0.0),
+    "rotary": lambda *x: torch.ops.fastprompt.rotary_triton(*x, False),
+    "silu": lambda gate, up: torch.ops.fastprompt.gated_triton(gate, up, "silu"),
+}
 
 
-@native_only
-@pytest.mark.parametrize(("name", "call", "backend"), TWICE)
-def test_second_derivatives_are_right_or_refused(name, call, backend):
-    trains, frozen = arguments(name, 3, 4)
-    leaves, how = [x.detach().requires_grad_() for x in trains], {"backend": backend} if backend else {}
-    if backend == "reference" or name == "rotary":
-        assert torch.autograd.gradgradcheck(lambda *x: call(*x, *frozen, **how), leaves)
+def calls_of(name: str, backend: str) -> list:
+    """The function, and the operator under it."""
+    registered = {"native": OPERATORS, "triton": TRITON_OPERATORS}.get(backend)
+    return [partial(CALLS[name], backend=backend), *([registered[name]] if registered else [])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_second_derivatives_are_right_or_refused(name, backend):
+    trains, frozen = arguments(name, 3, 4, torch.float32 if backend == "triton" else torch.float64)
+    for call in calls_of(name, backend):
+        leaves = [x.to(DEVICE[backend]).detach().requires_grad_() for x in trains]
+        check_second_derivatives(name, call, leaves, [x.to(DEVICE[backend]) for x in frozen], backend)
+
+
+def check_second_derivatives(name, call, leaves, frozen, backend):
+    if name == "rotary" and backend == "triton":  # linear: differentiated by its gradient, the gradient turns forward
+        outer = [torch.randn_like(x, requires_grad=True) for x in leaves]
+        again = [torch.randn_like(x) for x in leaves]
+        grads = torch.autograd.grad(call(*leaves, *frozen), leaves, outer, create_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(grads, outer, again), rotary(*again, *frozen))
         return
-    out = call(*leaves, *frozen, **how)
+    if backend == "reference" or name == "rotary":
+        assert torch.autograd.gradgradcheck(lambda *x: call(*x, *frozen), leaves)
+        return
+    out = call(*leaves, *frozen)
     outer = torch.randn_like(out, requires_grad=True)
     penalty = sum(x.square().sum() for x in torch.autograd.grad(out, leaves, outer, create_graph=True))
     refused = pytest.raises(RuntimeError, match="has no second derivative, but for backend 'reference'")
@@ -131,8 +172,7 @@ def kind(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isnan(), 2, x.isinf().int())
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), each([*DTYPES, torch.float64]), ids=str)
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
 def test_gated_at_the_edges_of_the_range(name, backend, dtype):
     """Each element by itself, as plain PyTorch has it: in the same dtype, or in float64."""
@@ -164,8 +204,7 @@ def test_gated_where_the_sigmoid_is_almost_nothing(backend, low, high):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), each([*DTYPES, torch.float64]), ids=str)
 def test_rms_norm_of_extreme_rows_is_plain_pytorch_s(backend, dtype, eps):
     x = torch.tensor([1e-45, 1e-30, 1e-20, 1, 1e18, 1e30, 1e38, 0, torch.inf, torch.nan])[:, None].to(dtype)
     x, weight = x * torch.tensor([1.0, -0.5, 0.25]).to(dtype), torch.tensor([1.0, 2.0, -1.0]).to(dtype)
@@ -179,36 +218,45 @@ def test_rms_norm_of_extreme_rows_is_plain_pytorch_s(backend, dtype, eps):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_layouts(name, backend, layout):
-    trains, frozen = arguments(name, 9, 10)
+    trains, frozen = arguments(name, 9, 10, torch.float32 if backend == "triton" else torch.float64)
     outputs, _ = run(CALLS[name], trains, frozen)
     grads = [torch.randn_like(x) for x in outputs[: len(outputs) - len(trains)]]
-    moved = [[in_layout(x, layout) for x in group] for group in (trains, frozen, grads)]
+    moved = [[in_layout(x.to(DEVICE[backend]), layout) for x in group] for group in (trains, frozen, grads)]
     got, _ = run(CALLS[name], *moved, backend=backend)
     want, _ = run(lambda *x: oracle(name, *x), *([x.contiguous() for x in group] for group in moved))
     torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("device", ["meta", "fake"])
+@pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=triton_only)])
 @pytest.mark.parametrize("name", CALLS)
-def test_without_values(name, device):
+def test_without_values(name, backend, device):
+    if backend == "triton" and device == "fake" and not INTERPRETED:
+        pytest.skip("fake tensors are on the CPU")
     trains, frozen = arguments(name, 4, 6, torch.bfloat16)
     mode = FakeTensorMode()
     convert = mode.from_tensor if device == "fake" else lambda x: x.to("meta")
     shapes = [[convert(x) for x in group] for group in (trains, frozen)]
     with mode if device == "fake" else contextlib.nullcontext():
-        got, _ = run(CALLS[name], *shapes)
+        got, _ = run(partial(CALLS[name], backend=backend), *shapes)
     want, _ = run(CALLS[name], trains, frozen)
     assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
-def test_empty_inputs_and_a_part_of_the_gradients(name):
-    trains, frozen = arguments(name, 9, 10)
-    got, grads = run(CALLS[name], trains, frozen)
-    none, _ = run(CALLS[name], [x[:0] for x in trains], [x if "norm" in name else x[:0] for x in frozen])
-    assert all(len(x) == 0 for x in none)
+def test_empty_inputs_and_a_part_of_the_gradients(name, backend):
+    trains, frozen = arguments(name, 9, 10, torch.float32)
+    trains, frozen = ([x.to(DEVICE[backend]) for x in group] for group in (trains, frozen))
+    call = partial(CALLS[name], backend=backend)
+    got, grads = run(call, trains, frozen)
+    for cut in (lambda x: x[:0], lambda x: x[..., :0]):  # without rows, and without features
+        short = [cut(x) if x.ndim > 1 or not len(cut(trains[0])) == 9 else x[:0] for x in frozen]
+        short = [x if "norm" in name and len(cut(trains[0])) == 0 else y for x, y in zip(frozen, short, strict=True)]
+        none, _ = run(call, [cut(x) for x in trains], short)
+        assert all(x.numel() == 0 and x.shape == cut(y).shape for x, y in zip(none, got, strict=True))
     last = trains[-1].detach().requires_grad_()
-    out = CALLS[name](*trains[:-1], last, *frozen)
+    out = call(*trains[:-1], last, *frozen)
     out = out if isinstance(out, tuple) else (out,)
     (grad,) = torch.autograd.grad(out[-1], last, grads[-1])  # the other output's gradient does not come
     torch.testing.assert_close(grad, got[-1])
@@ -224,6 +272,21 @@ def test_opcheck():
     torch.library.opcheck(ops.gated.default, (x, up, 1))
     torch.library.opcheck(ops.rms_norm_backward.default, (up.detach(), x.detach(), torch.randn(6), 1e-6, 0.0))
     torch.library.opcheck(ops.gated_backward.default, (up.detach(), x.detach(), up.detach(), 0))
+
+
+@triton_only
+def test_opcheck_of_triton():
+    ops, device = torch.ops.fastprompt, DEVICE["triton"]
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, up = (torch.randn(4, 6, device=device, requires_grad=True) for _ in range(2))
+    heads, angles = torch.randn(4, 2, 6, device=device, requires_grad=True), torch.randn(4, 6, device=device)
+    weight, plain, grad = angles[0], x.detach(), up.detach()
+    torch.library.opcheck(ops.rms_norm_triton.default, (x, weight, 1e-6, 0.0))
+    torch.library.opcheck(ops.rotary_triton.default, (heads, heads, angles, angles, False))
+    torch.library.opcheck(ops.gated_triton.default, (x, up, "gelu_tanh"))
+    torch.library.opcheck(ops.rms_norm_triton_backward.default, (grad, plain, weight, 1e-6, 0.0))
+    torch.library.opcheck(ops.gated_triton_backward.default, (grad, plain, grad, "silu"))
 
 
 @native_only
@@ -256,8 +319,14 @@ def test_every_instruction_set_in_poisoned_memory(instructions):
         ),
         (lambda x: gated(x, x[:3], "silu"), r"up must be \(4, 6\), as gate is, got \(3, 6\)"),
         (lambda x: gated(x, x, "relu"), "activation must be one of .* got 'relu'"),
-        (lambda x: gated(x, x, "silu", backend="cuda"), "backend must be None, 'native' or 'reference', got 'cuda'"),
+        (
+            lambda x: gated(x, x, "silu", backend="cuda"),
+            "backend must be None, 'native', 'triton' or 'reference', got 'cuda'",
+        ),
         (lambda x: gated(x.half(), x.half(), "silu", backend="native"), "not available: .*"),
+        (lambda x: gated(x.double(), x.double(), "silu", backend="triton"), "'triton' is not available: it .*float64"),
+        (lambda x: rms_norm(x, x[0].requires_grad_(), 1e-6, backend="triton"), "'triton' is not available: it .*"),
+        (lambda x: rms_norm(x.new_ones(2**14 + 1), x.new_ones(2**14 + 1), 1e-6, backend="triton"), "is not available"),
         *(
             (lambda x, bad=bad: gated(x, x, bad), r"activation must be one of \('silu', 'gelu_tanh'\), got ")
             for bad in (0, 1, True, None, ["silu"], torch.nan)
@@ -279,7 +348,7 @@ def test_bad_input(call, message):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numbers_of_any_size(backend):
-    x, weight = torch.randn(2, 6), torch.randn(6)
+    x, weight = (torch.randn(size, device=DEVICE[backend]) for size in ((2, 6), (6,)))
     for eps, offset in ((0, 0), (1, -1), (2**31, 2**31), (2**63 - 1, -(2**63)), (1e-300, 1e300)):
         got, want = (rms_norm(x, weight, eps, offset, backend=each) for each in (backend, "reference"))
         torch.testing.assert_close(got, want)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastprompt import _native
 
-from .._checks import check_like, runs_native
+from .._checks import check_like, choose_elementwise
 from . import reference
 
 if _native.available("cpu"):
@@ -18,14 +18,14 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 def gated(gate: Tensor, up: Tensor, activation: str, *, backend: str | None = None) -> Tensor:
     """activation(gate) * up, elementwise, computed in float32 (float64 for float64) and rounded once.
 
-    Only gate and up are kept for the backward. Only the reference has second derivatives; the native path refuses to be
-    differentiated twice.
+    Only gate and up are kept for the backward. Only the reference has second derivatives; the other paths refuse to
+    be differentiated twice.
 
     Args:
         gate: any shape, floating point.
         up: of gate's shape and dtype.
         activation: "silu" (x / (1 + e^-x)) or "gelu_tanh" (gelu in its tanh approximation).
-        backend: None (native where it can), "native" (CPU) or "reference".
+        backend: None chooses; "native" (CPU), "triton" (GPUs, no float64) or "reference".
 
     Raises:
         ValueError: a shape, dtype, device or name that does not fit.
@@ -35,5 +35,11 @@ def gated(gate: Tensor, up: Tensor, activation: str, *, backend: str | None = No
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     check_like({"gate": gate, "up": up})
-    run = native.gated if runs_native(backend, gate, {}) else reference.gated
-    return run(gate, up, activation)
+    backend = choose_elementwise(backend, gate, {})
+    if backend == "native":
+        return native.gated(gate, up, activation)
+    if backend == "triton":
+        from . import triton  # here, not at the top: it imports the package triton
+
+        return triton.gated(gate, up, activation)
+    return reference.gated(gate, up, activation)

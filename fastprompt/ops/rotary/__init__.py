@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastprompt import _native
 
-from .._checks import check_like, runs_native
+from .._checks import check_like, choose_elementwise
 from . import reference
 
 if _native.available("cpu"):
@@ -24,7 +24,8 @@ def rotary(
         query: (T, H, D), D even, floating point.
         key: (T, Hkv, D), of query's dtype, as cos and sin are.
         cos, sin: (T, D), of the angles. Both halves are the same, as in transformers: the first is read.
-        backend: None (native where it can), "native" (CPU; no gradient of cos and sin) or "reference".
+        backend: None chooses; "native" (CPU), "triton" (GPUs, no float64, D up to 16384), both without gradients of cos
+            and sin, or "reference".
 
     Returns:
         The two rotated tensors, contiguous.
@@ -40,5 +41,11 @@ def rotary(
     if cos.shape != (rows, features) or sin.shape != (rows, features):
         raise ValueError(f"cos and sin must be {(rows, features)}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
     check_like({"query": query, "key": key, "cos": cos, "sin": sin})
-    run = native.rotary if runs_native(backend, query, {"cos": cos, "sin": sin}) else reference.rotary
-    return run(query, key, cos, sin)
+    backend = choose_elementwise(backend, query, {"cos": cos, "sin": sin}, features)
+    if backend == "native":
+        return native.rotary(query, key, cos, sin)
+    if backend == "triton":
+        from . import triton  # here, not at the top: it imports the package triton
+
+        return triton.rotary(query, key, cos, sin)
+    return reference.rotary(query, key, cos, sin)

@@ -10,7 +10,8 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     c, s = (x[:, None, :half].to(accumulate) for x in (cos, sin))
 
     def rotate(x: Tensor) -> Tensor:
-        first, second = x.to(accumulate).split(half, -1)
-        return torch.cat([first * c - second * s, second * c + first * s], -1).to(x.dtype)
+        x, dtype = x.to(accumulate), x.dtype
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat([first * c - second * s, second * c + first * s], -1).to(dtype)
 
     return rotate(query), rotate(key)
