@@ -2,6 +2,7 @@
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,3 +36,21 @@ def cdiv(a: int, b: int) -> int:
 
 def block_of(count: int) -> int:
     return 1 << (count - 1).bit_length() if count > 16 else 16  # the least that tl.dot takes
+
+
+def search_steps(segments: int) -> int:
+    """Of `segment_of`."""
+    return max(0, segments - 1).bit_length()
+
+
+@triton.jit
+def segment_of(row, cu_seqlens, segments, steps):
+    """The segments of rows: each the last one to begin at or before its row."""
+    segment = row * 0
+    high = segment + segments
+    for _ in range(steps):
+        middle = (segment + high) // 2
+        before = tl.load(cu_seqlens + middle) <= row
+        segment = tl.where(before, middle, segment)
+        high = tl.where(before, high, middle)
+    return segment

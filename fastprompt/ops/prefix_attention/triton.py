@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastprompt.ops import _triton
 from fastprompt.ops._autograd import direct, once_differentiable, with_derivative
-from fastprompt.ops._triton import block_of, cdiv, precision, readable
+from fastprompt.ops._triton import block_of, cdiv, precision, readable, search_steps
 
 from . import triton_backward as backward_kernels
 from . import triton_kernels as forward_kernels
@@ -260,15 +260,13 @@ class _PrefixSums:
         constants: dict,
     ) -> None:
         """Fill `grads`, of prefix_key and prefix_value, or the prompt's rows of those of key and value."""
-        row_segment = None
-        if prefix_index is not None or options[1] is not None:
-            token = torch.arange(self.rows // constants["GROUP"], dtype=torch.int32, device=query.device)
-            row_segment = torch.searchsorted(cu_seqlens[1:], token, right=True, out_int32=True)
         tensors, kv_heads, prefix = (query, prefix_key, prefix_value), *prefix_key.shape[1:3]
+        segments = cu_seqlens.shape[0] - 1  # among the rows behind a prompt's
         parts = grads if self.partial is None else self.partial
         backward_kernels.prefix_kernel[(*self.tiles, self.splits)](
-            *(grad, *tensors, cu_seqlens, prefix_index, row_segment, seed, peak_sum, delta, parts[0], parts[1]),
-            *(grad.stride()[:-1], _strides(*tensors), self.rows, self.rows_per_split, kv_heads, prefix, *options),
+            *(grad, *tensors, cu_seqlens, prefix_index, seed, peak_sum, delta, parts[0], parts[1]),
+            *(grad.stride()[:-1], _strides(*tensors), segments, search_steps(segments)),
+            *(self.rows, self.rows_per_split, kv_heads, prefix, *options),
             **constants,
             **self.config,
         )

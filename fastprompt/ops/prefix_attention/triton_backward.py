@@ -6,6 +6,8 @@ Rows are laid out as in triton_kernels.py.
 import triton
 import triton.language as tl
 
+from fastprompt.ops._triton import segment_of
+
 from .triton_kernels import (
     column_tiles,
     find_tile,
@@ -266,7 +268,7 @@ def key_value_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "rows_per_split", "kv_heads", "prefix", "reach"],
+    do_not_specialize=["segments", "steps", "rows", "rows_per_split", "kv_heads", "prefix", "reach"],
     do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"],
 )
 def prefix_kernel(
@@ -276,7 +278,6 @@ def prefix_kernel(
     prefix_value,
     cu_seqlens,
     prefix_index,
-    row_segment,
     seed,
     peak_sum,
     delta,
@@ -284,6 +285,8 @@ def prefix_kernel(
     grad_prefix_value,
     grad_strides,
     strides,
+    segments,
+    steps,
     rows,
     rows_per_split,
     kv_heads,
@@ -305,7 +308,7 @@ def prefix_kernel(
     Of a prompt, (splits, P, Hkv, D), over the `rows` behind its own.
 
     A prefix is columns to the rows of all segments alike, so tiles of rows go across segments. Which rows read another
-    prefix of a bank, or are too far behind, is looked up in row_segment (T,); None where neither can be.
+    prefix of a bank, or are too far behind, says their segment.
 
     Grid: (tiles of P, N * Hkv, splits).
     """
@@ -333,8 +336,8 @@ def prefix_kernel(
         valid = row < end
         token, head = row // GROUP, kv_head * GROUP + row % GROUP
         position, some = token, True
-        if row_segment is not None:
-            segment = tl.load(row_segment + token, mask=valid, other=0)
+        if prefix_index is not None or reach is not None:
+            segment = segment_of(token, cu_seqlens, segments, steps)
             if prefix_index is not None:
                 valid = valid & (tl.load(prefix_index + segment, mask=valid, other=0) == entry)
             if reach is not None:
@@ -379,7 +382,7 @@ def sum_splits_kernel(
     COLUMNS: tl.constexpr,
 ):
     """The sums of partial (2, splits, count) over its splits, always in one order. Grid: (blocks of count, 2)."""
-    i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    i = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     which = tl.program_id(1)
     first = partial + which.to(tl.int64) * splits * count
     total = tl.zeros((SPLITS, COLUMNS), dtype=tl.float32)  # several splits' loads are under way at once

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import INTERPRETED, cdiv, why_not
+from .._triton import INTERPRETED, cdiv, search_steps, segment_of, why_not
 from ._autograd import differentiable
 
 __all__ = ["segment_pool", "why_not"]
@@ -43,13 +43,13 @@ def pool_kernel(hidden, cu_seqlens, pooled, width, TAKE: tl.constexpr, ROWS: tl.
     tl.store(to, mean.to(pooled.dtype.element_ty), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["segments", "search_steps", "rows"], do_not_specialize_on_alignment=["cu_seqlens"])
+@triton.jit(do_not_specialize=["segments", "steps", "rows"], do_not_specialize_on_alignment=["cu_seqlens"])
 def spread_kernel(
     grad,
     cu_seqlens,
     grad_hidden,
     segments,
-    search_steps,
+    steps,
     rows,
     width,
     TAKE: tl.constexpr,
@@ -58,14 +58,7 @@ def spread_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # Each row's segment is the last one to begin at or before it.
-    segment = tl.zeros((ROWS,), dtype=tl.int32)
-    high = segment + segments
-    for _ in range(search_steps):
-        middle = (segment + high) // 2
-        before = tl.load(cu_seqlens + middle) <= row
-        segment = tl.where(before, middle, segment)
-        high = tl.where(before, high, middle)
+    segment = segment_of(row, cu_seqlens, segments, steps)
     begin, end = taken_rows(cu_seqlens, segment, TAKE)
     taken, inside = (row >= begin) & (row < end), (column < width)[None, :]
     offset = segment.to(tl.int64)[:, None] * width + column[None, :]
@@ -94,7 +87,7 @@ def _spread(grad: Tensor, cu_seqlens: Tensor, rows: int, take: int) -> Tensor:
     if grad_hidden.numel():
         with torch.cuda.device_of(grad):
             spread_kernel[(cdiv(rows, TILE["ROWS"]), cdiv(width, TILE["COLUMNS"]))](
-                *(source, cu_seqlens, grad_hidden, segments, (segments - 1).bit_length(), rows, width),
+                *(source, cu_seqlens, grad_hidden, segments, search_steps(segments), rows, width),
                 TAKE=take,
                 **TILE,
             )
