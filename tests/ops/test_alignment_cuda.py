@@ -46,6 +46,10 @@ def test_float16_gradients_under_a_loss_scale(reduction):
     test_alignment_torch.test_float16_gradients_under_a_loss_scale("native", "cpu", reduction)
 
 
+def test_autocast_changes_nothing():
+    test_alignment_torch.test_autocast_changes_nothing("native", "cpu")
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_rows_left_out_and_rows_of_zero(distance):
     for normalize in NORMALIZATIONS:

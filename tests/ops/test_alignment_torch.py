@@ -160,3 +160,15 @@ def test_float16_gradients_under_a_loss_scale(backend, device, reduction):
         )
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x.cpu().double(), y, rtol=0.02, atol=0.02 * y.abs().max().item())
+
+
+def test_autocast_changes_nothing(backend, device):
+    """Where the formula is not PyTorch's own: products of other types than the tensors' would not fit."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch")
+    args, results = inputs(7, 6, 5, dtype=torch.float32, device=device), []
+    for reduction, inside in itertools.product(["mean", "none"], [False, True]):
+        with torch.autocast(device, torch.bfloat16, enabled=inside):
+            loss = alignment_loss(**args, distance="infonce+mse", reduction=reduction, backend=backend)
+            results.append([loss, *torch.autograd.grad(loss.sum(), list(args.values()))])
+    assert all(map(torch.equal, *results[:2])) and all(map(torch.equal, *results[2:]))

@@ -15,6 +15,11 @@ REDUCTIONS = ("none", "sum", "mean")
 _forward = torch.ops.fastprompt.alignment_loss.default
 
 
+def _compute(*inputs) -> tuple[Tensor, ...]:
+    with torch._C._DisableAutocast():  # CUDA's products are the library's, which autocast would have of other types
+        return _forward(*inputs)
+
+
 @torch.library.register_fake("fastprompt::alignment_loss")
 def _(student, teacher, weight, bias, row_weight, row_grad, normalize, distances, temperature, reduction, *needs):
     accumulate = torch.promote_types(student.dtype, torch.float32)
@@ -46,7 +51,7 @@ def _differentiate(ctx, grad: Tensor | None, *second: Tensor | None) -> tuple:
     if grad is None:
         return (None,) * 15
     if _by_row(ctx):
-        return _wanted(ctx, _forward(*ctx.saved_tensors, grad, *ctx.options, *ctx.needs_input_grad[:5])[1:])
+        return _wanted(ctx, _compute(*ctx.saved_tensors, grad, *ctx.options, *ctx.needs_input_grad[:5])[1:])
     return _wanted(ctx, [x * grad for x in ctx.saved_tensors])
 
 
@@ -74,7 +79,7 @@ class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():  # not the registered autograd inside of this one
-            output = _forward(*inputs)
+            output = _compute(*inputs)
         _save(ctx, inputs, output)
         return output
 

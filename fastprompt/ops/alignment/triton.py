@@ -74,7 +74,7 @@ def _compute(
     counted = row_weight, share, scale
     losses = student.new_empty(len(student), dtype=torch.float32)
     grads = [None] * 5
-    with torch.cuda.device_of(student):
+    with torch.cuda.device_of(student), torch._C._DisableAutocast():  # whose products are of other types
         if distance == "cosine" and normalize != "layer" and not any(needs[:4]):
             _cosine_losses(losses, *tensors, *counted)
         else:
