@@ -21,6 +21,7 @@ class Work:
         elements: tensor entries that any way must read from or write to memory.
         input_bytes: of what is read; says how many sets of inputs it takes to fill the cache.
         missing: rival -> why it is not among `ways`.
+        checked: the same without dropout, where `ways` have some: held to `exact` in their place.
     """
 
     ways: dict[str, Callable[[], Sequence[Tensor]]]
@@ -29,6 +30,7 @@ class Work:
     elements: int
     input_bytes: float
     missing: dict[str, str] = field(default_factory=dict)
+    checked: dict[str, Callable[[], Sequence[Tensor]]] | None = None
 
 
 @dataclass(frozen=True)

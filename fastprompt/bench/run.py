@@ -74,7 +74,7 @@ def measure(
 def _errors(work: Work) -> tuple[dict[str, float], dict[str, str]]:
     """Of each way, the largest error of an entry over the largest exact entry of its tensor; why a rival failed."""
     errors, failed = {}, {}
-    for name, way in work.ways.items():
+    for name, way in (work.checked or work.ways).items():
         try:
             errors[name] = _error(way(), work.exact(name))
         except Exception as error:  # whatever a rival raises: the others can still be measured

@@ -2,7 +2,10 @@
 
 FASTPROMPT_MODELS=DIR has folders of real models, named as in CONFIGS; one that is not there gets random weights of the
 same shape, which changes no time. FASTPROMPT_PAIRS=FILE has sentence pairs as PAWS-X has them (sentence, tab, sentence,
-tab, label); without it tokens are random. A ragged batch, padded to its longest.
+tab, label); without it tokens are random. A ragged batch, padded to its longest, but for the cases named full.
+
+Models are in training mode, with the dropout that their configurations have: encoders 0.1, of weights of attention and
+of what the layers add. Results are checked without it, in evaluation mode.
 
 The rivals:
     peft      the PEFT model, as it is
@@ -55,7 +58,7 @@ class Model(NamedTuple):
         }
         if self.kind == "encoder":
             sizes["max_position_embeddings"] = 1026  # for the longest prefix, which counts
-            return transformers.XLMRobertaConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+            return transformers.XLMRobertaConfig(**sizes)
         sizes |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
         if self.kind == "llama":
             return transformers.LlamaConfig(**sizes)
@@ -79,10 +82,12 @@ class Step(NamedTuple):
     sentences: int = 8
     mean_length: int = 55
     prompt: int = 32
+    ragged: bool = True
 
     @property
     def label(self) -> str:
-        return f"{self.model}-{self.kind}-{self.labelled}-B{self.sentences}-L{self.mean_length}-P{self.prompt}"
+        name = f"{self.model}-{self.kind}-{self.labelled}-B{self.sentences}-L{self.mean_length}-P{self.prompt}"
+        return name if self.ragged else name + "-full"
 
 
 STEPS = [Step(name, kind, "last") for name in ("smollm2-135m", "gemma-3-270m") for kind in ("prompt", "prefix")]
@@ -91,6 +96,7 @@ STEEP = STEPS[-1]  # its real weights enlarge rounding: in float32 PEFT itself i
 # With a prompt PEFT pools wrongly.
 STEPS += [Step("encoder-12x768", "prefix", "class"), Step("encoder-12x384", "prefix", "class")]
 COMPILED, GROWING = STEPS[-2:]
+STEPS += [step._replace(ragged=False) for step in STEPS[-2:]]
 QUICK = GROWING
 SWEEPS = {
     "B": [GROWING._replace(sentences=n) for n in (2, 4, 8, 16, 32)],
@@ -128,10 +134,10 @@ class Batch:
         self.inputs = self._inputs()
 
     def work(self) -> Work:
-        ways = {OURS: lambda: self.run(self.fused), "peft": lambda: self.run(self.stock)}
+        models = {OURS: lambda: self.fused, "peft": lambda: self.stock}
         missing = {}
         if self.step == COMPILED:
-            ways["compiled"] = lambda: self.run(self.compiled)
+            models["compiled"] = lambda: self.compiled
         else:
             missing["compiled"] = f"tried on {COMPILED.model} alone: it takes minutes to compile"
         if self.device == "cpu":
@@ -139,8 +145,10 @@ class Batch:
         elif not find_spec("liger_kernel"):
             missing["liger"] = "the package liger-kernel is not installed"
         elif MODELS[self.step.model].kind != "encoder":
-            ways["liger"] = lambda: self.run(self.liger)
-        return Work(ways, lambda way: self.exact, self.least_flops(), 0, math.inf, missing)
+            models["liger"] = lambda: self.liger
+        ways = {name: lambda model=model: self.run(model().train()) for name, model in models.items()}
+        checked = {name: lambda model=model: self.run(model().eval()) for name, model in models.items()}
+        return Work(ways, lambda way: self.exact, self.least_flops(), 0, math.inf, missing, checked)
 
     def make(self, dtype: torch.dtype) -> nn.Module:
         transformers, peft = require("transformers", "train"), require("peft", "bench")
@@ -180,7 +188,7 @@ class Batch:
         So it is the tests of `fuse` that hold it to PEFT; here PEFT, which must be right by it too, does so in float32.
         From the weights as they are rounded to the ways' dtype: else it would be another model's step.
         """
-        return [x.clone() for x in self.run(fastprompt.fuse(self.make(self.dtype).double()).train())]
+        return [x.clone() for x in self.run(fastprompt.fuse(self.make(self.dtype).double()).eval())]
 
     def run(self, model: nn.Module) -> list[Tensor]:
         loss = model(**self.inputs).loss
@@ -220,7 +228,9 @@ class Batch:
             texts = (f"{row[0]} {row[1]} Same meaning? {'yes' if row[2] == '1' else 'no'}" for row in rows)
             return [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
         torch.manual_seed(self.seed)
-        lengths = torch.randint(step.mean_length // 2, step.mean_length * 3 // 2, (step.sentences,))
+        lengths = torch.full((step.sentences,), step.mean_length)
+        if step.ragged:
+            lengths = torch.randint(step.mean_length // 2, step.mean_length * 3 // 2, (step.sentences,))
         return [torch.randint(10, MODELS[step.model].vocabulary, (int(length),)) for length in lengths]
 
 

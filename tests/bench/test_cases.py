@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastprompt.bench import attention, run
+from fastprompt.bench import attention, run, step
 from fastprompt.bench.case import OURS, dtype_of
 from fastprompt.bench.memory import peak_bytes
 from fastprompt.bench.registry import GROUPS, cases, find
@@ -75,6 +75,19 @@ def test_all_ways_of_attention_agree(shape, device):
     assert not failed and set(errors) == set(work.ways)
     for name, error in errors.items():
         assert error < (1e-5 if device == "cpu" else 3e-2), name
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_encoders_drop_in_what_is_timed_and_not_in_what_is_checked(ragged, monkeypatch):
+    monkeypatch.setitem(step.MODELS, step.GROWING.model, step.Model("encoder", 2, 32, 2, 2, 16, 64, 100))
+    small = step.GROWING._replace(sentences=2, mean_length=6, prompt=2, ragged=ragged)
+    work = step.Batch(small, "cpu", torch.float32, 0, random=True).work()
+    assert set(work.ways) == set(work.checked) == {OURS, "peft"}
+    for name in work.ways:
+        dropping, checked = work.ways[name], work.checked[name]
+        assert dropping()[0] != dropping()[0] and checked()[0] == checked()[0]
+    errors, failed = run._errors(work)
+    assert not failed and max(errors.values()) < 1e-3
 
 
 def _changed(case, way: str, change):
