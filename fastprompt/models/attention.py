@@ -28,8 +28,11 @@ class PackedPass:
         is_causal: rows see no later rows of their segment.
         prefix: layer index -> key and value, each (N, Hkv, P, D). A layer that is not in it has none.
         prefix_index: (S,) which entry of prefix or front each segment reads; None: the first.
+        nothing: (N, Hkv, 0, D), the prefix of a layer that has none.
         front: entries N and rows F of each that stand once before all segments (causal models). Rows of an entry attend
             to its prefix and to each other; in every layer their keys and values go on where the prefix ends.
+        front_bounds, front_entries: (N+1,) int32 bounds of the entries among the front's rows, and (N,) their numbers;
+            None: there is one at most, without a prefix.
         prefix_in_window: the prefix slides out of a window.
         adapters: those that act in this pass, if any.
     """
@@ -38,7 +41,10 @@ class PackedPass:
     is_causal: bool
     prefix: dict[int, tuple[Tensor, Tensor]]
     prefix_index: Tensor | None
+    nothing: Tensor
     front: tuple[int, int]
+    front_bounds: Tensor | None
+    front_entries: Tensor | None
     prefix_in_window: bool
     adapters: nn.ModuleList | None
 
@@ -47,22 +53,20 @@ class PackedPass:
         options |= {"is_causal": self.is_causal, "prefix_in_window": self.prefix_in_window}
         # Under autocast the rotary embedding leaves float32 beside values of less.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        prefix = self.prefix.get(layer)
         entries, rows = self.front
-        if rows and entries == 1 and prefix is None:
+        if rows and entries == 1 and layer not in self.prefix:
             return prefix_attention(query, key, value, None, None, self.cu_seqlens, prompt_rows=rows, **options)
-        index = self.prefix_index if rows or prefix is not None else None
-        if prefix is None:
-            empty = key.new_empty(max(entries, 1), key.shape[1], 0, key.shape[2])
-            prefix = empty, empty
-        prefix = tuple(x.to(key.dtype) for x in prefix)  # it is kept in float32 where the backbone runs in less
+        index = self.prefix_index if rows or layer in self.prefix else None
+        # It is kept in float32 where the backbone runs in less.
+        prefix = tuple(x.to(key.dtype) for x in self.prefix.get(layer, (self.nothing, self.nothing)))
         if not rows:
             return prefix_attention(query, key, value, *prefix, self.cu_seqlens, prefix_index=index, **options)
         front = slice(None, entries * rows), slice(entries * rows, None)
-        bounds = torch.arange(0, entries * rows + 1, rows, dtype=torch.int32, device=query.device)
-        each = torch.arange(entries, device=query.device)
         own = prefix_attention(
-            *(x[front[0]] for x in (query, key, value)), *prefix, bounds, prefix_index=each, **options
+            *(x[front[0]] for x in (query, key, value)),
+            *(*prefix, self.front_bounds),
+            prefix_index=self.front_entries,
+            **options,
         )
         bank = (
             torch.cat([p, x[front[0]].unflatten(0, (entries, rows)).transpose(1, 2)], 2)

@@ -77,12 +77,18 @@ class FusedForward:
         shared_ids, label_smoothing = kwargs.pop("shared_prefix_ids", None), kwargs.pop("label_smoothing", 0.0)
         return_dict = kwargs.pop("return_dict", None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
-        # One encoding per step: PEFT's own encoder, whichever it is, on a batch of one.
+        packed = PackedBackbone(self.get_base_model(), fused=True)
+        packing, _ = packed.pack(inputs, labels)
+        # One encoding per step: PEFT's own encoder, whichever it is, on a batch of one. It keeps the prompt's ids on
+        # the host, and would wait for their copy in each step.
+        name = self.active_adapter
+        self.prompt_tokens[name] = self.prompt_tokens[name].to(self.prompt_encoder[name].embedding.weight.device)
         encoded = self.get_prompt(batch_size=1)
         if kind == "prefix":
             encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}
-        output = PackedBackbone(self.get_base_model(), fused=True)(
+        output = packed(
             inputs,
+            packing,
             **{kind: encoded},
             shared_ids=shared_ids,
             label_smoothing=label_smoothing,

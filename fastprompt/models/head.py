@@ -1,5 +1,8 @@
 """The head of a causal language model in a packed pass: logits, and the loss, where they are wanted."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,41 +43,58 @@ class CausalHead:
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         self.from_states = not self.all_logits and plain and model.loss_function is ForCausalLMLoss
 
-    def rows(self, hidden: Tensor, packing: Packing, ends: Tensor, entry: Tensor) -> Tensor:
-        """The rows (1, R', D) of hidden (1, R, D) that the head is given.
+    def planned(
+        self, packing: Packing, front: tuple[int, int], prompt_index: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """For a plan: of the labels that something predicts, their places in the batch and their predictors' rows.
+
+        A segment's first token is predicted by the last row of its front, as in PEFT; where there is none, by nothing.
 
         Args:
-            ends: (N,) last rows of the N fronts that stand before the text. A segment's first token is predicted by its
-                front's last row, as in PEFT; where there is no front, by nothing.
-            entry: (T,) which front the segment of each token reads.
+            front: entries, and rows of each, that stand before the text.
+            prompt_index: (S,) which entry each segment reads; None: the first.
         """
-        tokens = len(packing.index)
-        text = hidden[:, hidden.shape[1] - tokens :]
         if self.labels is None:
-            return text
-        labels = self.labels.flatten()[packing.index]
-        wanted, first = labels != -100, packing.positions == 0
-        if len(ends) == 0:
-            wanted = wanted & ~first
-        row = torch.arange(tokens, device=labels.device)
-        predictor = torch.where(first, entry, len(ends) + row - 1)[wanted]  # among the ends and then the text
-        self.targets = labels[wanted]
-        if self.all_logits:
-            self.predictor = predictor
-            return torch.cat([hidden[:, ends], text], 1)
-        predicting = hidden[:, torch.cat([ends, row + hidden.shape[1] - tokens])[predictor]]
-        if self.from_states:
-            self.states = predicting[0]
-            return hidden[:, :0]
-        return predicting
+            return {}
+        (entries, rows), labelled = front, packing.labelled
+        first = packing.positions[labelled] == 0
+        if not rows:
+            labelled, first = labelled[~first], False
+        own = 0 if prompt_index is None else prompt_index[packing.segment[labelled]]
+        if self.all_logits:  # the head is given the fronts' last rows, and then the text's
+            predictors = np.where(first, own, (entries if rows else 0) + labelled - 1)
+            ends = {"ends": np.arange(1, entries + 1) * rows - 1} if rows else {}
+        else:
+            predictors, ends = np.where(first, (own + 1) * rows - 1, entries * rows + labelled - 1), {}
+        return {"targets": packing.index[labelled], "predictors": predictors.astype(np.int64)} | ends
 
-    def output(self, output, packing: Packing):
-        """The model's own output class, with the loss, and logits (B, L, V) where they are wanted."""
+    def rows(self, hidden: Tensor, text: Tensor, plan: dict[str, Tensor]) -> Tensor:
+        """The rows (1, R', D) that the head is given of hidden (1, R, D), whose text (T, D) is, by what was planned."""
+        if self.labels is None:
+            return text.unsqueeze(0)
+        self.targets = self.labels.flatten().index_select(0, plan["targets"])
+        self.predictors = plan["predictors"]
+        if self.all_logits:
+            ends = plan.get("ends")
+            return (text if ends is None else torch.cat([hidden[0].index_select(0, ends), text])).unsqueeze(0)
+        predicting = hidden[0].index_select(0, self.predictors)
+        if self.from_states:
+            self.states = predicting
+            return hidden[:, :0]
+        return predicting.unsqueeze(0)
+
+    def output(self, output, tokens: int, padded: Callable[[Tensor], Tensor]):
+        """The model's own output class, with the loss, and logits (B, L, V) where they are wanted.
+
+        Args:
+            tokens: T, of the text.
+            padded: (T, V) -> (B, L, V).
+        """
         logits = output.logits[0]
         if self.labels is None:
-            return type(output)(logits=packing.unpack(logits), hidden_states=output.hidden_states)
-        loss = self._loss(logits[self.predictor] if self.all_logits else logits)
-        logits = packing.unpack(logits[len(logits) - len(packing.index) :]) if self.all_logits else None
+            return type(output)(logits=padded(logits), hidden_states=output.hidden_states)
+        loss = self._loss(logits.index_select(0, self.predictors) if self.all_logits else logits)
+        logits = padded(logits[len(logits) - tokens :]) if self.all_logits else None
         return type(output)(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
     def _loss(self, logits: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,10 @@ from .families import geometry
 from .head import CausalHead
 from .layers import fuse_layers
 from .packed_call import Call, StandIn
+from .packing import NO_LABEL, Packing, read
+
+# The inputs that say which tokens there are, and of which samples.
+TELLING = "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"
 
 
 class PackedBackbone:
@@ -45,10 +51,11 @@ class PackedBackbone:
     def __call__(
         self,
         inputs: dict,
+        packing: Packing | None = None,
         *,
         prefix: dict[int, tuple[Tensor, Tensor]] | None = None,
         prompt: Tensor | None = None,
-        prompt_index: Tensor | None = None,
+        prompt_index: np.ndarray | None = None,
         shared_ids: Tensor | None = None,
         position_offset: int = 0,
         prefix_in_window: bool = False,
@@ -63,9 +70,10 @@ class PackedBackbone:
 
         Args:
             inputs: input_ids or inputs_embeds, attention_mask, and what else the model takes, without labels.
+            packing: what `pack` made of inputs and labels; None: it is made here.
             prefix: layer index -> key and value, each (N, Hkv, P, D), a bank of N prefixes.
             prompt: (N, P, E), a bank of N times P rows to stand before segments.
-            prompt_index: (B,) which entry of the bank each segment reads; None: the first.
+            prompt_index: (S,) which entry of the bank each segment reads; None: the first.
             shared_ids: (S,) token ids of a text that all segments begin with, after the prompt; run once (causal only).
             position_offset: added to the tokens' positions.
             prefix_in_window: see `fastprompt.ops.prefix_attention`.
@@ -77,9 +85,12 @@ class PackedBackbone:
             adapters: an `Adapters` made for this backbone, to act in this pass.
             pools_prompt: heads of encoders that read the first row read the prompt's, as in PEFT, not the text's.
         """
-        self.check_inputs(inputs)
+        if packing is None:
+            packing, _ = self.pack(inputs, labels)
         self._check_shared(shared_ids)
-        call = Call(self, prefix or {}, prompt, prompt_index, shared_ids, position_offset, prefix_in_window, adapters)
+        inputs = {name: value for name, value in inputs.items() if name != "packing"}
+        options = shared_ids, position_offset, prefix_in_window, adapters
+        call = Call(self, packing, prefix or {}, prompt, prompt_index, *options)
         call.pools_prompt = pools_prompt and prompt is not None and not self.geometry.is_causal
         layer, call.states = start or (0, None)
         prompted = any(each is not None for each in (prompt, shared_ids, adapters))
@@ -89,24 +100,50 @@ class PackedBackbone:
             raise ValueError(f"output_hidden_states must not be set with a start at layer {layer}: none below it runs")
         with self._stand_in(range(layer), call.states):
             if self.is_causal_lm:
-                batch = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-                if labels is not None and labels.shape != batch.shape[:2]:
-                    raise ValueError(
-                        f"labels must be {tuple(batch.shape[:2])}, as the batch, got {tuple(labels.shape)}"
-                    )
-                inputs = dict(inputs)
                 items = inputs.pop("num_items_in_batch", None)
                 call.head = CausalHead(self.model, labels, all_logits, label_smoothing, items)
-                return call.head.output(call.run(inputs), call.packing)
+                return call.head.output(call.run(inputs), len(packing.index), call.padded)
             if label_smoothing:
                 raise ValueError(f"label_smoothing is for causal language models here, got {label_smoothing}")
             return call.run(inputs if labels is None else inputs | {"labels": labels})
 
+    def pack(
+        self, inputs: dict, labels: Tensor | None = None, prompt_ids: Tensor | None = None
+    ) -> tuple[Packing, np.ndarray | None]:
+        """The packing of a batch, and the values of prompt_ids: what a step has to read of its device, it reads here.
+
+        Nothing is read if the batch has its packing with it, or no mask, positions, bounds, labels and prompt_ids.
+
+        Raises:
+            ValueError: inputs that a packed pass cannot serve, or that contradict each other.
+        """
+        self.check_inputs(inputs)
+        batch = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        shape = tuple(batch.shape[:2])
+        labels = labels if self.is_causal_lm else None
+        if labels is not None and labels.shape != batch.shape[:2]:
+            raise ValueError(f"labels must be {shape}, as the batch, got {tuple(labels.shape)}")
+        packing, wanted = inputs.get("packing"), {"labels": labels, "prompt_ids": prompt_ids}
+        if packing is None:
+            wanted |= {name: inputs.get(name) for name in TELLING}
+        elif packing.labelled is not None:
+            del wanted["labels"]
+        values = read({name: tensor for name, tensor in wanted.items() if tensor is not None})
+        if packing is None:
+            _check_values(values)
+            told = (values.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"))
+            packing = Packing.of_batch(shape, *told)
+        if "labels" in values:
+            labelled = np.flatnonzero(values["labels"].reshape(-1)[packing.index] != NO_LABEL)
+            packing = replace(packing, labelled=labelled)
+        return packing, values.get("prompt_ids")
+
     @torch.no_grad()
     def lower_states(self, inputs: dict, layer: int, position_offset: int = 0) -> Tensor:
         """The (T, D) hidden states that enter a layer below which there is no prompt, sentence after sentence."""
-        self.check_inputs(inputs)
-        call = Call(self, {}, None, None, None, position_offset, False, None)
+        packing, _ = self.pack(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "packing"}
+        call = Call(self, packing, {}, None, None, None, position_offset, False, None)
         with self._stand_in(range(layer, self.geometry.layers)) as stand:
             call.run(inputs, self.base)
         return stand.states.squeeze(0)
@@ -142,6 +179,8 @@ class PackedBackbone:
             raise ValueError("logits_to_keep must not be given: training computes labelled positions only")
         batch = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._check_rows(inputs, tuple(batch.shape[:2]))
+        if inputs.get("packing") is not None:
+            self._check_packing(inputs, tuple(batch.shape[:2]))
         for layer in self.base.modules():
             checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
             if checkpoint is None or not layer.training or not getattr(layer, "gradient_checkpointing", False):
@@ -168,17 +207,23 @@ class PackedBackbone:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             if not isinstance(value, Tensor) or value.ndim != 2 or len(value) not in rows or value.shape[1] != shape[1]:
                 raise ValueError(f"{name} must be {shape}, as the batch, got {got}")
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.dtype != torch.bool:
-            other = mask[(mask != 0) & (mask != 1)]
-            if len(other):
-                raise ValueError(
-                    f"attention_mask must hold 0 and 1, got {other[0].item()}: samples that share a row are told by "
-                    "position_ids that begin anew, by cu_seq_lens_q or by seq_idx"
-                )
         bounds, keys = inputs.get("cu_seq_lens_q"), inputs.get("cu_seq_lens_k")
-        if keys is not None and (bounds is None or not torch.equal(bounds, keys)):
-            raise ValueError(f"cu_seq_lens_k must be cu_seq_lens_q, {bounds}, got {keys}")
+        if keys is not None and bounds is None:
+            raise ValueError(f"cu_seq_lens_k must be cu_seq_lens_q, None, got {keys}")
+        if bounds is not None and (bounds.ndim != 1 or not len(bounds)):
+            raise ValueError(f"cu_seq_lens_q must have shape (S+1,), got {tuple(bounds.shape)}")
+
+    @staticmethod
+    def _check_packing(inputs: dict, shape: tuple[int, int]) -> None:
+        """Of a batch that has its packing with it."""
+        packing = inputs["packing"]
+        if not isinstance(packing, Packing):
+            raise TypeError(f"packing must be a Packing, as PackingCollator makes it, got {type(packing).__name__}")
+        if packing.shape != shape:
+            raise ValueError(f"packing must be of a batch {shape}, got one of {packing.shape}")
+        for name in ("attention_mask", "seq_idx"):
+            if inputs.get(name) is not None:
+                raise ValueError(f"{name} must not be given with packing, which says which tokens there are")
 
     def _check_shared(self, shared_ids: Tensor | None) -> None:
         if shared_ids is None:
@@ -189,3 +234,16 @@ class PackedBackbone:
             )
         if shared_ids.ndim != 1 or len(shared_ids) == 0:
             raise ValueError(f"shared_prefix_ids must be (S,) with S at least 1, got {tuple(shared_ids.shape)}")
+
+
+def _check_values(values: dict[str, np.ndarray]) -> None:
+    """Raise a ValueError for what `Packing.of_batch` is not to be given."""
+    mask, bounds, keys = (values.get(name) for name in ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k"))
+    other = () if mask is None else mask[(mask != 0) & (mask != 1)]
+    if len(other):
+        raise ValueError(
+            f"attention_mask must hold 0 and 1, got {other[0]}: samples that share a row are told by position_ids "
+            "that begin anew, by cu_seq_lens_q or by seq_idx"
+        )
+    if keys is not None and not np.array_equal(bounds, keys):
+        raise ValueError(f"cu_seq_lens_k must be cu_seq_lens_q, {bounds}, got {keys}")

@@ -1,18 +1,21 @@
 """One call of a PackedBackbone: what stands in for its base model's own forward."""
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastprompt.ops import pack_prompt
 
 from .attention import PackedPass
 from .head import CausalHead
-from .packing import Packing
+from .packing import Packing, read, to_device
 
 if TYPE_CHECKING:
     from .packed import PackedBackbone
@@ -21,26 +24,32 @@ if TYPE_CHECKING:
 _REPLACED = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "past_key_values")
 _SAMPLES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # of a batch that came packed
 
+_SCALES = WeakIdKeyDictionary()  # of embeddings, by the tensor and the dtype of what is scaled: read once for all steps
+
 
 class Call:
-    """What goes into the base model and what comes out of it share this."""
+    """What goes into the base model and what comes out of it share this.
+
+    What a step needs of a batch beside its tensors (places, positions, bounds) is made on the host, where the packing
+    is, and brought to the device at once: the plan, by the names in `_planned`.
+    """
 
     def __init__(
         self,
         owner: "PackedBackbone",
+        packing: Packing,
         prefix: dict[int, tuple[Tensor, Tensor]],
         prompt: Tensor | None,
-        prompt_index: Tensor | None,
+        prompt_index: np.ndarray | None,
         shared_ids: Tensor | None,
         position_offset: int,
         prefix_in_window: bool,
         adapters: nn.ModuleList | None,
     ) -> None:
-        self.owner, self.prefix, self.prompt = owner, prefix, prompt
+        self.owner, self.packing, self.prefix, self.prompt = owner, packing, prefix, prompt
         self.prompt_index, self.shared_ids = prompt_index, shared_ids
         self.position_offset, self.prefix_in_window, self.adapters = position_offset, prefix_in_window, adapters
         self.head: CausalHead | None = None
-        self.front = 0, 0  # entries, and rows of each, that stand once before all segments
         self.states: Tensor | None = None  # (T, D) to start from above the embedding
         self.pools_prompt = False
 
@@ -63,65 +72,124 @@ class Call:
         parameters = _parameters(type(self.owner.base).forward)
         given = dict(zip(parameters, args, strict=False)) | kwargs
         stock = {name: given.pop(name, None) for name in _REPLACED}
-        samples = {name: given.pop(name, None) for name in _SAMPLES}
-        self.packing = packing = _packing(stock, samples["cu_seq_lens_q"], samples["seq_idx"])
-        self._check_segments(packing)
-        positions = self._positions(stock["position_ids"])
-        packed = {"position_ids": positions + self.position_offset + self._shared_rows}
+        for name in _SAMPLES:
+            given.pop(name, None)
+        self._check_segments()
+        batch = stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
+        self.plan = plan = to_device(self._planned(), batch.device)
+        packed = {"position_ids": plan["positions"]}
         if stock["token_type_ids"] is not None:
-            packed["token_type_ids"] = stock["token_type_ids"].expand(packing.shape).flatten()[packing.index]
-        cu_seqlens = packing.cu_seqlens
+            packed["token_type_ids"] = self._token_types(stock["token_type_ids"].expand(self.packing.shape))
         if self.states is not None:
-            if len(self.states) != len(packing.index):
-                raise ValueError(f"start must have the batch's {len(packing.index)} rows, got {len(self.states)}")
+            if len(self.states) != len(self.packing.index):
+                raise ValueError(f"start must have the batch's {len(self.packing.index)} rows, got {len(self.states)}")
             packed["inputs_embeds"] = self.states
-        elif self.prompt is not None or self._shared_rows:
-            packed["inputs_embeds"] = self._embed(stock, packed)
-            if not self.owner.geometry.is_causal:
-                cu_seqlens = self.segments_with_prompt
-        elif stock["input_ids"] is not None:
-            packed["input_ids"] = stock["input_ids"].flatten()[packing.index]
+        elif self._before[1]:
+            packed["inputs_embeds"] = self._embed(stock)
         else:
-            packed["inputs_embeds"] = stock["inputs_embeds"].flatten(0, 1)[packing.index]
+            packed["input_ids" if batch is stock["input_ids"] else "inputs_embeds"] = self._packed(batch)
         packed = {name: tensor.unsqueeze(0) for name, tensor in packed.items()}
         # A mask of four dimensions is taken by transformers as prepared: it builds none of its own.
-        prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packing.index.device)
+        prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.device)
+        geometry, weight = self.owner.geometry, self.owner.base.get_input_embeddings().weight
         state = PackedPass(
-            cu_seqlens,
-            self.owner.geometry.is_causal,
-            self.prefix,
-            self.prompt_index,
-            self.front,
-            self.prefix_in_window,
-            self.adapters,
+            cu_seqlens=plan.get("segments_with_prompt", plan["cu_seqlens"]),
+            is_causal=geometry.is_causal,
+            prefix=self.prefix,
+            prefix_index=plan.get("prompt_index"),
+            nothing=weight.new_empty(max(self._front[0], 1), geometry.kv_heads, 0, geometry.head_dim),
+            front=self._front,
+            front_bounds=plan.get("front_bounds"),
+            front_entries=plan.get("front_entries"),
+            prefix_in_window=self.prefix_in_window,
+            adapters=self.adapters,
         )
         if "use_cache" in parameters:
             given["use_cache"] = False
         return given | packed | {"attention_mask": prepared, "fastprompt_pass": state}
 
+    def _planned(self) -> dict[str, np.ndarray]:
+        packing, (entries, rows) = self.packing, self._before
+        positions = self._positions() + (self.position_offset + self._shared_rows)
+        planned = {"cu_seqlens": packing.cu_seqlens}
+        if not packing.in_place:
+            planned["index"] = packing.index
+        if self.prompt_index is not None:
+            planned["prompt_index"] = self.prompt_index
+        first = self.owner.geometry.first_position
+        if self._front[1]:  # they stand once before all segments, at the positions before the text's
+            last = self.position_offset + self._shared_rows + first
+            positions = np.concatenate([np.tile(np.arange(last - rows, last), entries), positions])
+            if entries > 1 or self.prefix:
+                planned["front_bounds"] = np.arange(0, entries * rows + 1, rows, dtype=np.int32)
+                planned["front_entries"] = np.arange(entries)
+        elif rows:  # in every segment, at positions 0..P-1
+            begins = packing.cu_seqlens + rows * np.arange(packing.segments + 1)
+            token_rows = np.arange(len(packing.index)) + (packing.segment + 1) * rows
+            whole = np.empty(begins[-1], dtype=np.int64)
+            whole[begins[:-1, None] + np.arange(rows)] = np.arange(rows) + first
+            whole[token_rows] = positions
+            positions = whole
+            planned |= {"segments_with_prompt": begins.astype(np.int32), "token_rows": token_rows}
+        planned["positions"] = positions
+        pools = getattr(self.owner.base, "pooler", None) is not None
+        if pools or self._replaces_first:
+            firsts = packing.first_rows
+            if self.pools_prompt:
+                firsts = begins[:-1].astype(np.int64)
+            elif rows and not self._front[1]:
+                firsts = token_rows[firsts]
+            else:
+                firsts = firsts + entries * rows
+            planned["firsts"] = firsts
+        if self.head is not None:
+            planned |= self.head.planned(packing, self._front, self.prompt_index)
+        return planned
+
     @property
     def _shared_rows(self) -> int:
         return 0 if self.shared_ids is None else len(self.shared_ids)
 
-    def _positions(self, ids: Tensor | None) -> Tensor:
+    @property
+    def _before(self) -> tuple[int, int]:
+        """Entries, and rows of each, that stand before the text: once, or those of one entry in every segment."""
+        if self.prompt is not None:
+            return self.prompt.shape[0], self.prompt.shape[1] + self._shared_rows
+        if self.shared_ids is None:
+            return 0, 0
+        # Entries of a prefix bank read different keys in every layer: each has the text's rows to itself.
+        prefix = next(iter(self.prefix.values()), None)
+        return 1 if prefix is None else len(prefix[0]), self._shared_rows
+
+    @property
+    def _front(self) -> tuple[int, int]:
+        """Entries, and rows of each, that stand once before all segments."""
+        return self._before if self.owner.geometry.is_causal else (0, 0)
+
+    @property
+    def _replaces_first(self) -> bool:
+        """Heads that read the first column are to find there what it does not hold."""
+        return self.owner.pools_first_row and (self.packing.left_padded or self.pools_prompt)
+
+    def _positions(self) -> np.ndarray:
         """(T,) the tokens' positions as the backbone counts them, without a prompt."""
         packing, geometry = self.packing, self.owner.geometry
-        first, longest = geometry.first_position, packing.longest
-        positions = packing.positions + first
-        if ids is not None and len(packing.index):
-            positions = ids.expand(packing.shape).flatten()[packing.index].long()
+        first, longest, positions = geometry.first_position, packing.longest, packing.position_ids
+        if positions is None or not len(positions):
+            positions = packing.positions + first
+        else:
             if first:  # a table with an offset: positions may be counted with it, or from 0 as collators do
                 begins = positions[packing.positions == 0]
-                if bool((begins == 0).all()):
+                if (begins == 0).all():
                     positions = positions + first
-                elif not bool((begins == first).all()):
+                elif not (begins == first).all():
                     raise ValueError(
                         f"position_ids must begin every sample at {first}, as the backbone's own do, or every one at "
                         f"0, got {sorted(set(begins.tolist()))}"
                     )
-            longest = int(positions.max()) + 1 - first
-            if geometry.positions is not None and int(positions.min()) < 0:
-                raise ValueError(f"position_ids must not be negative, got {int(positions.min())}")
+            longest = positions.max() + 1 - first
+            if geometry.positions is not None and positions.min() < 0:
+                raise ValueError(f"position_ids must not be negative, got {positions.min()}")
         table = geometry.positions
         if table is not None and longest + self.position_offset > table:
             raise ValueError(
@@ -130,103 +198,82 @@ class Call:
             )
         return positions
 
-    def _check_segments(self, packing: Packing) -> None:
-        if packing.came_packed and self.owner.one_result_a_row:
+    def _check_segments(self) -> None:
+        segments = self.packing.segments
+        if self.packing.came_packed and self.owner.one_result_a_row:
             raise ValueError(
                 "samples that share a row are not for a head with one result a row, "
                 f"{type(self.owner.model).__name__}: give each a row of its own, padded"
             )
-        segments = len(packing.cu_seqlens) - 1
         if self.prompt_index is not None and self.prompt_index.shape != (segments,):
-            raise ValueError(f"prompt_ids must be ({segments},), one a sentence, got {tuple(self.prompt_index.shape)}")
+            raise ValueError(f"prompt_ids must be ({segments},), one a sentence, got {self.prompt_index.shape}")
 
-    def _embed(self, stock: dict, packed: dict) -> Tensor:
-        """(R, E): the prompt rows and the embeddings of the tokens. Gives the prompt rows their places in `packed`."""
-        packing, embedding = self.packing, self.owner.base.get_input_embeddings()
-        scale = getattr(embedding, "embed_scale", 1.0)
-        # The scale rounded as the model rounds it: Gemma's is 33.94 in float32 and 34 in bfloat16.
-        scale = float(scale.to(embedding.weight.dtype)) if isinstance(scale, Tensor) else float(scale)
+    def _packed(self, batch: Tensor) -> Tensor:
+        """(B, L, ...) -> (T, ...)."""
+        flat = batch.flatten(0, 1)
+        return flat if self.packing.in_place else flat.index_select(0, self.plan["index"])
+
+    def _token_types(self, types: Tensor) -> Tensor:
+        """(R,), 0 for prompt rows."""
+        types = self._packed(types)
+        if not self._before[1]:
+            return types
+        return types.new_zeros(len(self.plan["positions"])).index_copy(0, self.plan["token_rows"], types)
+
+    def _embed(self, stock: dict) -> Tensor:
+        """(R, E): the prompt rows and the embeddings of the tokens."""
+        embedding = self.owner.base.get_input_embeddings()
         if stock["input_ids"] is not None:
-            table, ids = embedding.weight, stock["input_ids"].flatten()[packing.index]
+            table, ids, scale = embedding.weight, self._packed(stock["input_ids"]), _scale(embedding)
         else:
-            table, ids, scale = stock["inputs_embeds"].flatten(0, 1), packing.index, 1.0
+            table, ids, scale = stock["inputs_embeds"].flatten(0, 1), self.plan.get("index"), 1.0
+            ids = torch.arange(len(table), device=table.device) if ids is None else ids
         rows = None if self.prompt is None else self.prompt.to(table.dtype)  # (N, P, E)
         if self._shared_rows:
-            shared = embedding(self.shared_ids).to(table.dtype)
-            # Entries of a prefix bank read different keys in every layer: each has the text's rows to itself.
-            entries = len(rows) if rows is not None else len(next(iter(self.prefix.values()), (shared[None],))[0])
-            shared = shared.expand(entries, -1, -1)
+            shared = embedding(self.shared_ids).to(table.dtype).expand(self._before[0], -1, -1)
             rows = shared if rows is None else torch.cat([rows, shared], 1)
-        if self.owner.geometry.is_causal:
-            self._place_front(packed, *rows.shape[:2])
-        else:
-            self._place_in_segments(packed, rows.shape[1])
         return pack_prompt(
-            *(table, ids, packing.cu_seqlens, rows),
-            prompt_index=self.prompt_index,
+            *(table, ids, self.plan["cu_seqlens"], rows),
+            prompt_index=self.plan.get("prompt_index"),
             per_segment=not self.owner.geometry.is_causal,
             scale=scale,
         )
-
-    def _place_front(self, packed: dict, entries: int, rows: int) -> None:
-        """Positions of rows that stand once before all segments: those before the text's."""
-        self.front = entries, rows
-        last = self.position_offset + self._shared_rows + self.owner.geometry.first_position
-        own = torch.arange(last - rows, last, device=self.packing.index.device)
-        packed["position_ids"] = torch.cat([own.repeat(entries), packed["position_ids"]])
-
-    def _place_in_segments(self, packed: dict, prompt_rows: int) -> None:
-        """Positions (0..P-1) and token types (0) of prompt rows that stand in every segment."""
-        packing, device = self.packing, self.packing.index.device
-        own = torch.arange(prompt_rows, device=device) + self.owner.geometry.first_position
-        rows = {"position_ids": own, "token_type_ids": torch.zeros_like(own)}
-        segments = len(packing.cu_seqlens) - 1
-        self.token_rows = torch.arange(len(packing.index), device=device) + (packing.segment + 1) * prompt_rows
-        begins = packing.cu_seqlens + torch.arange(segments + 1, device=device) * prompt_rows
-        prompt_index = (begins[:-1, None] + torch.arange(prompt_rows, device=device)).flatten()
-        for name in rows.keys() & packed.keys():
-            whole = packed[name].new_empty(int(segments * prompt_rows) + len(packing.index))
-            whole[self.token_rows] = packed[name]
-            whole[prompt_index] = rows[name].repeat(segments)
-            packed[name] = whole
-        self.segments_with_prompt = begins.to(torch.int32)
 
     # -- what comes out of it ------------------------------------------------------------------------------------
 
     def unpack(self, base: nn.Module, output):
         hidden = output.last_hidden_state  # (1, R, D)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(self.packing.unpack(self._tokens(state)) for state in output.hidden_states)
+            output.hidden_states = tuple(self.padded(self._tokens(state)) for state in output.hidden_states)
         pooler = getattr(base, "pooler", None)
         if pooler is not None:
             # It reads the first column, which left padding leaves empty: hand it each segment's first row.
-            output.pooler_output = pooler(self._first(hidden).unsqueeze(1))
+            output.pooler_output = pooler(self._firsts(hidden).unsqueeze(1))
         if self.head is not None:
-            entries, rows = self.front
-            ends = torch.arange(entries, device=hidden.device) * rows + rows - 1
-            entry = torch.zeros_like(self.packing.index)
-            if self.prompt_index is not None:
-                entry = self.prompt_index.to(entry)[self.packing.segment]
-            output.last_hidden_state = self.head.rows(hidden, self.packing, ends, entry)
+            output.last_hidden_state = self.head.rows(hidden, self._tokens(hidden), self.plan)
             return output
-        padded = self.packing.unpack(self._tokens(hidden))  # (B, L, D)
-        if self.owner.pools_first_row and (self.packing.left_padded or self.pools_prompt) and padded.shape[1]:
-            padded[:, 0] = self._first(hidden)  # such heads without a pooler read the first column themselves
+        padded = self.padded(self._tokens(hidden))  # (B, L, D)
+        if self._replaces_first and padded.shape[1]:
+            padded[:, 0] = self._firsts(hidden)  # such heads without a pooler read the first column themselves
         output.last_hidden_state = padded
         return output
 
-    def _first(self, hidden: Tensor) -> Tensor:
+    def padded(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (B, L, ...), zero where the batch is padded."""
+        shape = self.packing.shape
+        if not self.packing.in_place:
+            padded = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
+            packed = padded.index_copy(0, self.plan["index"], packed)
+        return packed.unflatten(0, shape)
+
+    def _firsts(self, hidden: Tensor) -> Tensor:
         """(1, R, D) -> (S, D): the row that stands for each segment where one is pooled."""
-        if self.pools_prompt:
-            return hidden[0, self.segments_with_prompt[:-1].long()]
-        return self._tokens(hidden)[self.packing.first_rows]
+        return hidden[0].index_select(0, self.plan["firsts"])
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         """(1, R, D) -> (T, D), without prompt rows."""
-        if self.prompt is not None and not self.owner.geometry.is_causal:
-            return hidden[0, self.token_rows]
-        entries, rows = self.front
-        return hidden[0, entries * rows :]
+        rows = self.plan.get("token_rows")
+        return hidden[0, math.prod(self._front) :] if rows is None else hidden[0].index_select(0, rows)
 
 
 class StandIn(nn.Module):
@@ -247,8 +294,13 @@ def _parameters(forward: Callable) -> list[str]:
     return list(inspect.signature(forward).parameters)[1:]  # without self
 
 
-def _packing(stock: dict, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Packing:
-    batch = stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
-    mask = stock["attention_mask"]
-    everything = torch.ones(batch.shape[:2], dtype=torch.bool, device=batch.device) if mask is None else mask
-    return Packing.of_batch(everything, stock["position_ids"], cu_seqlens, seq_idx, masked=mask is not None)
+def _scale(embedding: nn.Module) -> float:
+    """Of its rows, rounded as the model rounds it: Gemma's is 33.94 in float32 and 34 in bfloat16."""
+    scale, dtype = getattr(embedding, "embed_scale", 1.0), embedding.weight.dtype
+    if not isinstance(scale, Tensor):
+        return float(scale)
+    known = _SCALES.setdefault(scale, {})
+    if dtype not in known:
+        value = read({"embed_scale": scale})["embed_scale"].item()
+        known[dtype] = torch.tensor(value, dtype=dtype, device="cpu").item()
+    return known[dtype]

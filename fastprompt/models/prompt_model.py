@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from .config import PromptConfig
 from .generation import generate
 from .initial import chosen_layers, new_prompt
 from .packed import PackedBackbone
+from .packing import Packing, read
 
 DEFAULT = "default"  # PEFT's name of a first adapter
 
@@ -76,6 +78,7 @@ class PromptModel(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        packing: Packing | None = None,
         labels: Tensor | None = None,
         return_logits: bool = False,
         prompt_ids: Tensor | Sequence[str] | None = None,
@@ -89,10 +92,14 @@ class PromptModel(nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as the backbone takes them. A row
                 may hold several samples, told by position_ids that begin anew, by cu_seq_lens_q (of one row) or by
                 seq_idx, unless the head gives one result a row.
+            packing: of a batch that `fastprompt.training.PackingCollator` packed, what it gave under this name: then
+                nothing is read of the device. Tokens are counted from the beginning of each sample, and what else tells
+                samples (position_ids, cu_seq_lens_q) is the collator's, and not looked at.
             labels: as the backbone's head takes them.
             return_logits: for a causal language model in training, give the logits of all text positions as well.
-            prompt_ids: (B,) int32 or int64, or B names: which prompt each sample (of a packed batch: each segment)
-                reads; None: the default. Prompts that no sample reads take no part, and get no gradient.
+            prompt_ids: (B,) int32 or int64, or a list of B numbers or names: which prompt each sample (of a packed
+                batch: each segment) reads; None: the default. Prompts that no sample reads take no part, and get no
+                gradient.
             shared_prefix_ids: (S,) token ids of a text that all samples begin with, such as an instruction. Causal
                 models only: it stands after the prompt, runs once for the batch, and shows in no output. Results are
                 those of the text at the start of every sample, but that under sliding-window attention it stays in view
@@ -114,10 +121,17 @@ class PromptModel(nn.Module):
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            "packing": packing,
         }
-        output = self._packed(
-            inputs | {name: value for name, value in stock.items() if value is not None},
-            **self._bank(prompt_ids),
+        inputs |= {name: value for name, value in stock.items() if value is not None}
+        packed, ids = self._packed, self._numbers(prompt_ids)
+        packing, read_ids = packed.pack(inputs, labels, ids if isinstance(ids, Tensor) else None)
+        bank, index = self._prompts(ids if read_ids is None else read_ids)
+        output = packed(
+            inputs,
+            packing,
+            **bank,
+            prompt_index=index,
             position_offset=self.position_offset,
             prefix_in_window=self.config.prefix_in_window,
             labels=labels,
@@ -146,31 +160,40 @@ class PromptModel(nn.Module):
         """
         return generate(self.backbone, self, prompt_ids, **inputs)
 
-    def _bank(self, prompt_ids: Tensor | Sequence[str] | None) -> dict:
-        """What a packed pass takes of the prompts: those that the batch reads, and which of them each sample reads."""
+    def _bank(self, prompt_ids: Tensor | Sequence[str | int] | None) -> dict:
+        """As `_prompts`, for `generate`."""
+        ids = self._numbers(prompt_ids)
+        bank, index = self._prompts(read({"": ids})[""] if isinstance(ids, Tensor) else ids)
+        return bank | {"prompt_index": None if index is None else torch.tensor(index, device=self.prompt.weight.device)}
+
+    def _prompts(self, ids: np.ndarray | None) -> tuple[dict, np.ndarray | None]:
+        """What a packed pass takes of the prompts: those that a batch reads, and which of them each sample reads."""
         names, index = self.prompt_names, None
         used = names[:1]
-        if prompt_ids is not None:
-            ids, index = self._indices(prompt_ids).unique(return_inverse=True)
-            ids = ids.tolist()  # what takes part is decided on the host
-            if ids and not 0 <= ids[0] <= ids[-1] < len(names):
-                raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {ids[0] if ids[0] < 0 else ids[-1]}")
-            used = [names[i] for i in ids]
+        if ids is not None:
+            found, index = np.unique(ids, return_inverse=True)
+            index, found = index.reshape(ids.shape), found.tolist()
+            if found and not 0 <= found[0] <= found[-1] < len(names):
+                wrong = found[0] if found[0] < 0 else found[-1]
+                raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {wrong}")
+            used = [names[i] for i in found]
         rows = [self._entry(name).rows().unsqueeze(0) for name in used]
         rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         bank = rows if self.config.kind == "prompt" else self.prompt.split(rows)
-        return {self.config.kind: bank, "prompt_index": index}
+        return {self.config.kind: bank}, index
 
-    def _indices(self, prompt_ids: Tensor | Sequence[str]) -> Tensor:
-        names, device = self.prompt_names, self.prompt.weight.device
-        if not isinstance(prompt_ids, Tensor):
-            unknown = [prompt_ids] if isinstance(prompt_ids, str) else [n for n in prompt_ids if n not in names]
-            if unknown:
-                raise ValueError(f"prompt_ids must be a list of names in {names}, or a tensor, got {unknown[0]!r}")
-            return torch.tensor([names.index(name) for name in prompt_ids], device=device)
-        if prompt_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"prompt_ids must be torch.int32 or torch.int64, got {prompt_ids.dtype}")
-        return prompt_ids.to(device)
+    def _numbers(self, prompt_ids: Tensor | Sequence[str | int] | None) -> Tensor | np.ndarray | None:
+        """The numbers of names; a tensor is still to be read."""
+        if prompt_ids is None or isinstance(prompt_ids, Tensor):
+            if prompt_ids is not None and prompt_ids.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"prompt_ids must be torch.int32 or torch.int64, got {prompt_ids.dtype}")
+            return prompt_ids
+        names = self.prompt_names
+        unknown = [prompt_ids] if isinstance(prompt_ids, str) else [n for n in prompt_ids if n not in names]
+        unknown = [n for n in unknown if type(n) is not int]
+        if unknown:
+            raise ValueError(f"prompt_ids must be a list of names in {names}, or a tensor, got {unknown[0]!r}")
+        return np.array([n if type(n) is int else names.index(n) for n in prompt_ids], dtype=np.int64)
 
     def lower_states(self, **inputs) -> Tensor:
         """The (T, D) hidden states of the batch's T tokens that enter `first_layer`, sentence after sentence.

@@ -107,15 +107,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True) ->
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
     if read_values and _is_readable(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0:
-            raise ValueError(f"cu_seqlens must begin at 0, got {bounds[0]}")
-        if bounds[-1] != rows:
-            raise ValueError(f"cu_seqlens must end at {rows}, the number of packed rows, got {bounds[-1]}")
-        for b, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if end < begin:
-                raise ValueError(f"cu_seqlens must not decrease, got {end} after {begin} at index {b + 1}")
+        check_bounds(cu_seqlens.tolist(), rows)
     return len(cu_seqlens) - 1
+
+
+def check_bounds(bounds: list[int], rows: int) -> None:
+    """Raise a ValueError unless the values of cu_seqlens divide `rows` rows into segments."""
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must begin at 0, got {bounds[0]}")
+    if bounds[-1] != rows:
+        raise ValueError(f"cu_seqlens must end at {rows}, the number of packed rows, got {bounds[-1]}")
+    for b, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < begin:
+            raise ValueError(f"cu_seqlens must not decrease, got {end} after {begin} at index {b + 1}")
 
 
 def check_indices(indices: Tensor, bound: int, argument: str, read_values: bool = True) -> None:

@@ -4,9 +4,10 @@ from fastprompt._extras import require
 
 require("transformers", "train")
 
+from .collator import PackingCollator  # noqa: E402
 from .config import TrainingConfig  # noqa: E402
 from .evaluation import evaluate  # noqa: E402
 from .loop import train  # noqa: E402
 from .sampler import TokenBudgetSampler  # noqa: E402
 
-__all__ = ["TokenBudgetSampler", "TrainingConfig", "evaluate", "train"]
+__all__ = ["PackingCollator", "TokenBudgetSampler", "TrainingConfig", "evaluate", "train"]
