@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from .case import Case
 
 GROUPS = ("attention", "alignment", "packing", "pooling", "step")
+LAUNCHES = "launches"  # counted, not timed beside each other: a table of its own, see launches.py
 
 
 def cases(names: Sequence[str] = GROUPS, *, quick: bool = False) -> list[Case]:

@@ -16,7 +16,7 @@ def bench(
     groups: Annotated[
         list[str] | None,
         typer.Argument(
-            help="attention, alignment, packing, pooling, step, end-to-end, or how names of cases begin "
+            help="attention, alignment, packing, pooling, step, launches, end-to-end, or how names of cases begin "
             '("attention/B8-"); all, or none: all of them.'
         ),
     ] = None,
@@ -64,14 +64,22 @@ def _measure(
     models: Path | None,
     parallel: Path | None,
 ) -> None:
-    from fastprompt.bench import end_to_end, machine, records, registry
+    from fastprompt._files import write_text
+    from fastprompt.bench import end_to_end, launches, machine, records, registry
     from fastprompt.bench.plots import write_plots
     from fastprompt.bench.report import markdown
     from fastprompt.bench.run import measure
     from fastprompt.bench.table import live_table
 
-    names = [*registry.GROUPS, records.END_TO_END]
+    names = [*registry.GROUPS, registry.LAUNCHES, records.END_TO_END]
     chosen = names if "all" in groups else groups
+    if registry.LAUNCHES in chosen:
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / "launches.md"
+        write_text(file, launches.table(launches.rows(5 if quick else 30)) + "\n")
+        typer.echo(file.read_text("utf-8") + str(file))
+        if not (chosen := [name for name in chosen if name != registry.LAUNCHES]):
+            return
     jobs = records.END_TO_END in chosen
     if jobs and not (models and parallel):
         if "all" not in groups:
