@@ -289,6 +289,22 @@ def test_opcheck_of_triton():
     torch.library.opcheck(ops.gated_triton_backward.default, (grad, plain, grad, "silu"))
 
 
+@pytest.mark.parametrize("backend", [TRITON])
+def test_rows_and_heads_more_than_32_bits_apart(backend):
+    far = 2**30 + 16  # the strides themselves fit in 32 bits
+    memory = torch.empty(4 * far, dtype=torch.float16, device=DEVICE[backend])  # 8 GiB, of which some pages are touched
+    x = memory.as_strided((4, 8), (far, 1))
+    x.copy_(torch.randn(4, 8))
+    weight, angle = torch.ones(8).to(x), torch.randn(4, 8).to(x)
+    for by_row in (True, False):
+        heads = x[:, None] if by_row else x[None]
+        rows = angle[: len(heads)]
+        got = rotary(heads, heads, rows, rows, backend=backend)
+        torch.testing.assert_close(got, rotary(heads.clone(), heads.clone(), rows, rows, backend="reference"))
+    torch.testing.assert_close(rms_norm(x, weight, 0.0, backend=backend), rms_norm(x.clone(), weight, 0.0))
+    torch.testing.assert_close(gated(x, x, "silu", backend=backend), gated(x.clone(), x.clone(), "silu"))
+
+
 @native_only
 @pytest.mark.parametrize("instructions", ["portable", "avx512"])
 def test_every_instruction_set_in_poisoned_memory(instructions):

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._autograd import once_differentiable, with_derivative
-from .._triton import readable
+from .._triton import power_of_2, readable
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 BLOCK = 1024  # numbers of a program
@@ -83,10 +83,10 @@ def _launch(kernel, activation: str, outputs: int, *inputs: Tensor) -> list[Tens
     if like.numel():
         width = tensors[0].shape[-1]
         tensors = [tensor.reshape(-1, width) for tensor in tensors]
-        columns = min(BLOCK, triton.next_power_of_2(width))
-        blocks = triton.cdiv(width, columns)
+        columns = min(BLOCK, power_of_2(width))
+        blocks = -(-width // columns)
         with torch.cuda.device_of(like):
-            kernel[(len(tensors[0]) * blocks,)](
+            kernel[(tensors[0].shape[0] * blocks,)](
                 *(*tensors, *out, width, blocks, *(tensor.stride(0) for tensor in tensors)),
                 ACTIVATION=activation,
                 COLUMNS=columns,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._autograd import once_differentiable, with_derivative
-from .._triton import readable
+from .._triton import power_of_2, readable
 
 TILE = 2048  # numbers of a program, where rows are short
 
@@ -58,10 +58,10 @@ def _launch(kernel, weight: Tensor, eps: float, offset: float, *rows_of: Tensor)
     width = x.shape[-1]
     if out.numel():
         tensors = [tensor.reshape(-1, width) for tensor in tensors]
-        rows, columns = len(tensors[0]), triton.next_power_of_2(width)
+        rows, columns = tensors[0].shape[0], power_of_2(width)
         tile = max(1, TILE // columns)
         with torch.cuda.device_of(x):
-            kernel[(triton.cdiv(rows, tile),)](
+            kernel[(-(-rows // tile),)](
                 *(*tensors, readable(weight), out, rows, width, *(tensor.stride(0) for tensor in tensors)),
                 *(c_float(eps).value, c_float(offset).value),  # what float32 makes of them, infinity included
                 ROWS=tile,

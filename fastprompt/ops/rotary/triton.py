@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._autograd import with_derivative
-from .._triton import readable
+from .._triton import power_of_2, readable
 
 TILE = 512  # pairs of a program
 
@@ -64,9 +64,9 @@ def run(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> 
     kv_heads, dtype = key.shape[1], query.dtype
     query, key, cos, sin = (readable(x) for x in (query, key, cos, sin))
     out = [x.new_empty(x.shape) for x in (query, key)]
-    half = triton.next_power_of_2(max(1, features // 2))
-    each = max(1, min(TILE // half, triton.next_power_of_2(max(heads, kv_heads))))
-    programs = rows * (triton.cdiv(heads, each) + triton.cdiv(kv_heads, each))
+    half = power_of_2(features // 2)
+    each = max(1, min(TILE // half, power_of_2(max(heads, kv_heads))))
+    programs = rows * (-(-heads // each) - (-kv_heads // each))
     if programs and features:
         with torch.cuda.device_of(query):
             rotary_kernel[(programs,)](
