@@ -15,17 +15,19 @@ from fastprompt.ops import _checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 native_only = pytest.mark.skipif(not _native.available("cpu"), reason=str(_native.why_not("cpu")))
-NATIVE = pytest.param("native", marks=native_only)
+DEVICE = {"native": "cpu", "triton": "cpu" if INTERPRETED else "cuda"}
+BACKENDS = [
+    pytest.param("native", marks=native_only),
+    pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu),
+]
 
 
-@pytest.fixture(params=[NATIVE, "triton"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """What runs the fused operators: as on a CPU, and as on a GPU."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        if not INTERPRETED:
-            pytest.skip("needs TRITON_INTERPRET=1")
-        monkeypatch.setitem(_checks.ELEMENTWISE, "cpu", "triton")
+        monkeypatch.setitem(_checks.ELEMENTWISE, DEVICE["triton"], "triton")
     return request.param
 
 
@@ -45,8 +47,10 @@ def operators(model, hidden) -> set[str]:
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_training_step_runs_the_operators(family, backend):
-    model = PromptModel(build(family, "AutoModelForCausalLM", torch.float32), PromptConfig("prompt", 3)).train()
+    backbone = build(family, "AutoModelForCausalLM", torch.float32).to(DEVICE[backend])
+    model = PromptModel(backbone, PromptConfig("prompt", 3)).train()
     inputs = batch(lengths=(3, 2)) | {"labels": torch.randint(5, 60, (2, 3))}
+    inputs = {name: x.to(DEVICE[backend]) for name, x in inputs.items()}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(**inputs).loss.backward()
     names = {event.name for event in profile.events()}
@@ -59,8 +63,8 @@ def test_a_training_step_runs_the_operators(family, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", DECODERS)
 def test_same_logits_and_gradient_of_embeddings(family, dtype, backend):
-    model, stock = fused(family, dtype=dtype)
-    embeddings = torch.randn(1, 9, 48).to(dtype)
+    model, stock = (each.to(DEVICE[backend]) for each in fused(family, dtype=dtype))
+    embeddings = torch.randn(1, 9, 48).to(DEVICE[backend], dtype)
     out = []
     for each in (model, stock):
         leaf = embeddings.clone().requires_grad_()

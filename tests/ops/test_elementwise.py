@@ -276,6 +276,8 @@ def test_opcheck():
 
 @triton_only
 def test_opcheck_of_triton():
+    for name in ("rms_norm", "rotary", "gated"):
+        importlib.import_module(f"fastprompt.ops.{name}.triton")  # registers them
     ops, device = torch.ops.fastprompt, DEVICE["triton"]
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

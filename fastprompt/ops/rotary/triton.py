@@ -13,12 +13,12 @@ TILE = 512  # pairs of a program
 
 @triton.jit
 def turn(
-    x, out, cos, sin, row, first_head, heads, half, x_row, x_head, cos_row, sin_row,
-    INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    x, out, cos, sin, row, first_head, heads, x_row, x_head, cos_row, sin_row,
+    INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of a row, each pair (x_d, x_{d + D/2}) by the angle of d."""
-    head, d = first_head + tl.arange(0, HEADS), tl.arange(0, HALF)
-    turned = d < half
+    head, d = first_head + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    turned = d < HALF
     mask = (head < heads)[:, None] & turned[None, :]
     c = tl.load(cos + row * cos_row + d, mask=turned, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + row * sin_row + d, mask=turned, other=0.0).to(tl.float32)[None, :]
@@ -26,17 +26,17 @@ def turn(
         s = -s
     place = x + row * x_row + head.to(tl.int64)[:, None] * x_head + d[None, :]  # 64 bit: T * H * D may pass 2**31
     first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + half, mask=mask, other=0.0).to(tl.float32)
-    to = out + (row * heads + head[:, None]) * (2 * half) + d[None, :]
+    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+    to = out + (row * heads + head[:, None]) * (2 * HALF) + d[None, :]
     tl.store(to, (first * c - second * s).to(out.dtype.element_ty), mask=mask)
-    tl.store(to + half, (second * c + first * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(to + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rotary_kernel(
-    query, key, cos, sin, out_query, out_key, heads, kv_heads, half,
+    query, key, cos, sin, out_query, out_key, heads, kv_heads,
     query_row, query_head, key_row, key_head, cos_row, sin_row,
-    INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     of_query = (heads + HEADS - 1) // HEADS  # programs, and then those of the key
     blocks = of_query + (kv_heads + HEADS - 1) // HEADS
@@ -44,13 +44,13 @@ def rotary_kernel(
     row, block = (program // blocks).to(tl.int64), program % blocks
     if block < of_query:
         turn(
-            query, out_query, cos, sin, row, block * HEADS, heads, half, query_row, query_head, cos_row, sin_row,
-            INVERSE, HEADS, HALF,
+            query, out_query, cos, sin, row, block * HEADS, heads, query_row, query_head, cos_row, sin_row,
+            INVERSE, HEADS, HALF, BLOCK,
         )  # fmt: skip
     else:
         turn(
-            key, out_key, cos, sin, row, (block - of_query) * HEADS, kv_heads, half, key_row, key_head, cos_row,
-            sin_row, INVERSE, HEADS, HALF,
+            key, out_key, cos, sin, row, (block - of_query) * HEADS, kv_heads, key_row, key_head, cos_row,
+            sin_row, INVERSE, HEADS, HALF, BLOCK,
         )  # fmt: skip
 
 
@@ -64,18 +64,19 @@ def run(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> 
     kv_heads, dtype = key.shape[1], query.dtype
     query, key, cos, sin = (readable(x) for x in (query, key, cos, sin))
     out = [x.new_empty(x.shape) for x in (query, key)]
-    half = power_of_2(features // 2)
-    each = max(1, min(TILE // half, power_of_2(max(heads, kv_heads))))
+    block = power_of_2(features // 2)
+    each = max(1, min(TILE // block, power_of_2(max(heads, kv_heads))))
     programs = rows * (-(-heads // each) - (-kv_heads // each))
     if programs and features:
         with torch.cuda.device_of(query):
             rotary_kernel[(programs,)](
-                *(query, key, cos, sin, *out, heads, kv_heads, features // 2),
+                *(query, key, cos, sin, *out, heads, kv_heads),
                 *(*query.stride()[:2], *key.stride()[:2], cos.stride(0), sin.stride(0)),
                 INVERSE=inverse,
                 HEADS=each,
-                HALF=half,
-                num_warps=max(2, half // 512),
+                HALF=features // 2,  # not an argument: 16-byte loads need to know that 8 divides it
+                BLOCK=block,
+                num_warps=max(2, block // 512),
             )
     return tuple(x.to(dtype) for x in out)
 
