@@ -291,6 +291,26 @@ def test_opcheck_of_triton():
     torch.library.opcheck(ops.gated_triton_backward.default, (grad, plain, grad, "silu"))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_without_a_break(backend):
+    def layer(x, weight, query, key, cos, sin):
+        query, key = rotary(query, key, cos, sin, backend=backend)
+        x = rms_norm(x, weight, 1e-6, backend=backend)
+        return gated(x, x, "silu", backend=backend), query, key
+
+    (x,), (weight,) = arguments("llama norm", 5, 8, torch.float32)
+    trains, frozen = arguments("rotary", 5, 8, torch.float32)
+    inputs = [each.to(DEVICE[backend]) for each in (x, weight, *trains, *frozen)]
+    leaves = [each.detach().requires_grad_(n in (0, 2, 3)) for n, each in enumerate(inputs)]
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (layer, compiled):
+        out = call(*leaves)
+        found.append([*out, *torch.autograd.grad(sum(y.square().sum() for y in out), [leaves[n] for n in (0, 2, 3)])])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("backend", [TRITON])
 def test_rows_and_heads_more_than_32_bits_apart(backend):
     far = 2**30 + 16  # the strides themselves fit in 32 bits
