@@ -30,13 +30,17 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-<<<<<<< HEAD
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)  # triton's own takes 5 us on the host
 
 
+def power_of_2(number: int) -> int:
+    """The least that is not below it, at a tenth of the cost of Triton's own."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 def block_of(count: int) -> int:
-    return 1 << (count - 1).bit_length() if count > 16 else 16  # the least that tl.dot takes
+    return max(16, power_of_2(count))  # 16: the least that tl.dot takes
 
 
 def search_steps(segments: int) -> int:
@@ -55,12 +59,3 @@ def segment_of(row, cu_seqlens, segments, steps):
         segment = tl.where(before, middle, segment)
         high = tl.where(before, high, middle)
     return segment
-=======
-def power_of_2(number: int) -> int:
-    """The least that is not below it, at a tenth of the cost of Triton's own."""
-    return 1 << max(0, number - 1).bit_length()
-
-
-def block_of(features: int) -> int:
-    return max(16, triton.next_power_of_2(features))  # 16: the least that tl.dot takes
->>>>>>> d7dfa14 (The frozen layers on a GPU: launches counted, bytes and times estimated; rows more than 32 bits apart)

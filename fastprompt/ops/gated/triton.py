@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._autograd import once_differentiable, with_derivative
+from .._autograd import direct, once_differentiable, with_derivative
 from .._triton import power_of_2, readable
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -130,7 +130,10 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx, grad: Tensor) -> tuple:
-    return *torch.ops.fastprompt.gated_triton_backward.default(grad, *ctx.saved_tensors, ctx.activation), None
+    return *_backward(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-gated = with_derivative(torch.ops.fastprompt.gated_triton.default, _save, once_differentiable("gated", _differentiate))
+_backward = direct(torch.ops.fastprompt.gated_triton_backward.default, run_backward)
+gated = with_derivative(
+    torch.ops.fastprompt.gated_triton.default, _save, once_differentiable("gated", _differentiate), run
+)

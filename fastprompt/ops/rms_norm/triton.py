@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._autograd import once_differentiable, with_derivative
+from .._autograd import direct, once_differentiable, with_derivative
 from .._triton import power_of_2, readable
 
 TILE = 2048  # numbers of a program, where rows are short
@@ -107,10 +107,10 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx, grad: Tensor) -> tuple:
-    found = torch.ops.fastprompt.rms_norm_triton_backward.default(grad, *ctx.saved_tensors, *ctx.options)
-    return found, None, None, None
+    return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
+_backward = direct(torch.ops.fastprompt.rms_norm_triton_backward.default, run_backward)
 rms_norm = with_derivative(
-    torch.ops.fastprompt.rms_norm_triton.default, _save, once_differentiable("rms_norm", _differentiate)
+    torch.ops.fastprompt.rms_norm_triton.default, _save, once_differentiable("rms_norm", _differentiate), run
 )

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._autograd import with_derivative
+from .._autograd import direct, with_derivative
 from .._triton import power_of_2, readable
 
 TILE = 512  # pairs of a program
@@ -95,11 +95,13 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _differentiate(ctx, grad_query: Tensor, grad_key: Tensor) -> tuple:
-    turned = torch.ops.fastprompt.rotary_triton.default(grad_query, grad_key, *ctx.saved_tensors, not ctx.inverse)
-    return *turned, None, None, None
+    back = _operator if torch.is_grad_enabled() else _direct  # under create_graph=True it is differentiated again
+    return *back(grad_query, grad_key, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-_run = with_derivative(torch.ops.fastprompt.rotary_triton.default, _save, _differentiate)
+_operator = torch.ops.fastprompt.rotary_triton.default
+_direct = direct(_operator, run)
+_run = with_derivative(_operator, _save, _differentiate, run)
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
