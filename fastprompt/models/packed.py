@@ -247,3 +247,10 @@ def _check_values(values: dict[str, np.ndarray]) -> None:
         )
     if keys is not None and not np.array_equal(bounds, keys):
         raise ValueError(f"cu_seq_lens_k must be cu_seq_lens_q, {bounds}, got {keys}")
+
+
+def computed_in(weight: Tensor) -> torch.dtype:
+    """What products of a weight of the backbone are in: autocast leaves float64 as it is."""
+    device = weight.device.type
+    lowered = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lowered else weight.dtype

@@ -15,7 +15,7 @@ from .adapters import Adapters
 from .config import PromptConfig
 from .generation import generate
 from .initial import chosen_layers, new_prompt
-from .packed import PackedBackbone
+from .packed import PackedBackbone, computed_in
 from .packing import Packing, read
 
 DEFAULT = "default"  # PEFT's name of a first adapter
@@ -179,6 +179,8 @@ class PromptModel(nn.Module):
             used = [names[i] for i in found]
         rows = [self._entry(name).rows().unsqueeze(0) for name in used]
         rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        # It is kept in float32 where the backbone runs in less: brought to that once, not layer by layer.
+        rows = rows.to(computed_in(self.backbone.get_input_embeddings().weight))
         bank = rows if self.config.kind == "prompt" else self.prompt.split(rows)
         return {self.config.kind: bank}, index
 

@@ -163,3 +163,20 @@ def test_it_would_be_found(gpu_path, reads):
         model.prompt.weight.register_hook(lambda grad: bool(grad.sum() > 0))
         with pytest.raises(DataDependentOutputException):
             loss.backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_prefix_is_brought_to_the_backbones_dtype_once(autocast):
+    model = PromptModel(build("llama", dtype=torch.float32 if autocast else torch.bfloat16), PromptConfig("prefix", P))
+    shapes = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+                shapes.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    with Casts(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(input_ids=torch.randint(5, VOCABULARY, (2, 4)))
+    weight = model.prompt.weight
+    assert [shape for shape in shapes if shape.numel() in (weight.numel(), weight.numel() // 6)] == [(1, *weight.shape)]
