@@ -163,14 +163,14 @@ def _seconds(family: str, kind: str, turns: int) -> dict[str, Cost]:
     inputs, times = _batch(), {key: ([], []) for key in models}
     for turn in range(turns + 2):
         for key, model in models.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             loss = model(**inputs).loss
-            between = time.perf_counter()
+            between = time.thread_time()
             loss.backward()
-            end = time.perf_counter()
+            end = time.thread_time()
             if turn > 1:
                 times[key][0].append(between - start)
                 times[key][1].append(end - between)
-    # Another process on these cores makes a turn slower and none faster.
+    # Of the thread alone, whatever else runs; what shares the caches makes a turn slower and none faster.
     least = {key: Cost(*(min(own) * 1e6 for own in each)) for key, each in times.items()}
     return {way: _per_layer(*(least[way, depth] for depth in DEPTHS)) for way in WAYS[:2]}

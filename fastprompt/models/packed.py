@@ -181,7 +181,7 @@ class PackedBackbone:
         self._check_rows(inputs, tuple(batch.shape[:2]))
         if inputs.get("packing") is not None:
             self._check_packing(inputs, tuple(batch.shape[:2]))
-        for layer in self.base.modules():
+        for layer in self.layers:  # not all modules, in each step
             checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
             if checkpoint is None or not layer.training or not getattr(layer, "gradient_checkpointing", False):
                 continue

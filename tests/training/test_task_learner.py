@@ -364,7 +364,7 @@ def test_settings_that_do_not_fit(learner, family, settings, message):
         ({"examples": 0}, "examples must be an integer, 1 or more, got 0"),
         ({"lr": "1e-2"}, "lr must be a number, got '1e-2'"),
         ({"temperature": "5e-2"}, "temperature must be a number, got '5e-2'"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be at least 1e-06 and finite, got 0.0"),
         (
             {"method": "lora", "adapter_size": 4},
             "adapter_size is for methods 'prompt' and 'prefix', got it with 'lora'",
