@@ -117,6 +117,13 @@ def translations(count: int, seed: int = 0) -> list[Pair]:
     return pairs
 
 
+def without_digests(folder: Path) -> None:
+    """Make fastprompt's own file of a prompt what it was before it held digests of the files beside it."""
+    file = folder / "fastprompt_config.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({name: about[name] for name in about.keys() - {"files", "checksum"}}))
+
+
 def save_backbone(family: str, folder: Path, auto: str = "AutoModel", **config) -> Path:
     """A folder with a small random model, float32, and a tokenizer for WORDS."""
     build(family, auto, torch.float32, **config).save_pretrained(folder)

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from helpers import CONFIGS, DECODERS, batch, build
+from helpers import CONFIGS, DECODERS, batch, build, without_digests
 from safetensors.torch import load_file, save_file
 
 from fastprompt import PromptConfig, PromptModel
@@ -112,6 +112,9 @@ def test_files(family, tmp_path):
         peft.PeftModel.from_pretrained(build(family, dtype=torch.float32), tmp_path)
     file = tmp_path / "adapters.safetensors"
     save_file({name: tensor[:1].clone() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="adapters.safetensors in .* is not the one that fastprompt_config.json was"):
+        PromptModel.from_pretrained(build(family, dtype=torch.float32), tmp_path)
+    without_digests(tmp_path)
     with pytest.raises(ValueError, match="adapters.safetensors must hold .* got "):
         PromptModel.from_pretrained(build(family), tmp_path)
     file.unlink()

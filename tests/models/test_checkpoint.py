@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import CONFIGS, batch, build
+from helpers import CONFIGS, batch, build, without_digests
 from safetensors.torch import load_file, save_file
 
 from fastprompt import PromptConfig, PromptModel
@@ -86,20 +86,13 @@ def test_a_trained_head_is_kept(family, tmp_path):
         assert torch.equal(twice.head()[name], head[name])
 
 
-def before_digests(folder):
-    """Our own file as it was before it held digests of those beside it."""
-    file = folder / "fastprompt_config.json"
-    about = json.loads(file.read_text())
-    file.write_text(json.dumps({name: about[name] for name in about.keys() - {"files", "checksum"}}))
-
-
 def test_bad_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json, which is not in"):
         PromptModel.from_pretrained(build("bert"), tmp_path)
     PromptModel(build("bert"), PromptConfig("prefix", P)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"prompt_embeddings .*must be \(5, 192\) for this backbone, got \(5, 288\)"):
         PromptModel.from_pretrained(build("bert", num_hidden_layers=2), tmp_path)
-    before_digests(tmp_path)
+    without_digests(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file(tensors | {"base_model.classifier.weight": torch.zeros(2, 2)}, weights)
@@ -162,7 +155,7 @@ def test_added_tokens_are_saved(family, tied, tmp_path):
         model = PromptModel.from_pretrained(grown(), tmp_path / name).eval()
         assert torch.equal(model(**inputs).logits, expected)
     theirs = peft.PeftModel.from_pretrained(grown(), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(**inputs).logits[:, P:], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs(**inputs).logits[:, P:], expected, rtol=1e-4, atol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = PromptModel.from_pretrained(grown(), tmp_path / "theirs").eval()
     torch.testing.assert_close(ours(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
@@ -198,9 +191,9 @@ def test_whatever_else_trains_is_saved(family, tmp_path):
     again.save_pretrained(tmp_path / "again")
     again = PromptModel.from_pretrained(fresh(), tmp_path / "again").eval()
     # Not equal: norms that do not train have a fused forward.
-    torch.testing.assert_close(again(**inputs).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again(**inputs).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
     theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path / "again").eval()(**inputs).last_hidden_state
-    torch.testing.assert_close(theirs[:, -mask.shape[1] :][mask], expected[mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs[:, -mask.shape[1] :][mask], expected[mask], rtol=1e-4, atol=1e-4)
 
 
 def test_a_base_that_is_gone_is_told(tmp_path):
@@ -222,7 +215,7 @@ def test_peft_saved_over_ours(digests, tmp_path, caplog):
     ours.save_pretrained(tmp_path)
     own = tmp_path / "fastprompt_config.json"
     if not digests:
-        before_digests(tmp_path)
+        without_digests(tmp_path)
         assert PromptModel.from_pretrained(build("llama", CLM), tmp_path).config.position_offset == "none"
     made = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
     theirs = peft.get_peft_model(build("llama", CLM), made).double().eval()

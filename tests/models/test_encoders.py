@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from helpers import CONFIGS, batch, build
+from helpers import CONFIGS, batch, build, without_digests
 from safetensors.torch import load_file, save_file
 
 from fastprompt import PromptConfig, PromptModel
@@ -77,6 +77,9 @@ def test_files(kind, encoder, tmp_path):
 
     tensors = load_file(tmp_path / "encoder.safetensors")
     save_file(tensors | {"weight": tensors["weight"] + 3}, tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match="encoder.safetensors in .* is not the one that fastprompt_config.json was"):
+        PromptModel.from_pretrained(build("bert", dtype=torch.float32), tmp_path, trainable=True)
+    without_digests(tmp_path)
     with pytest.raises(ValueError, match="makes another prompt"):
         PromptModel.from_pretrained(build("bert"), tmp_path, trainable=True)
     save_file(tensors | {"weight": tensors["weight"][1:]}, tmp_path / "encoder.safetensors")
