@@ -183,7 +183,7 @@ def test_prefix_stays_in_view_of_a_long_text_unless_told():
 
 
 def test_attention_dropout():
-    """Attention dropout goes through the reference path and its gradient is finite."""
+    """Attention weights are dropped in training, and the gradient is finite."""
     model = PromptModel(build("bert", attention_probs_dropout_prob=0.3), PromptConfig("prefix", P)).train()
     inputs = batch()
     first, second = (model(**inputs).last_hidden_state for _ in range(2))
