@@ -7,7 +7,7 @@ more. A layer's share is the difference between two depths.
 The ways:
     peft                  the PEFT model
     ours                  after `fuse`, on a CPU, which has a fused operator for all that stands between the products
-    ours, stock layers    after `fuse`, attention in Triton and the rest of a layer stock: a GPU without such operators
+    ours, on a GPU        the same with the operators that run there, attention and the rest in Triton
 """
 
 import sys
@@ -30,7 +30,7 @@ DEPTHS, P, LENGTHS, VOCABULARY = (6, 24), 16, (9, 14, 5, 12), 64  # 6: each kind
 FREE = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias")  # launch nothing
 # Kernels of an operator of ours that are more than one: at most so many.
 SEVERAL = {"prefix_attention_triton_backward": 5}
-WAYS = ("peft", "ours", "ours, stock layers")
+WAYS = ("peft", "ours", "ours, on a GPU")
 
 
 class Cost(NamedTuple):
@@ -152,7 +152,7 @@ def _as_on_gpu() -> Iterator[None]:
         mock.patch.object(operators[0], "_choose", lambda *_: "triton"),
         mock.patch.object(operators[1]._native, "available", lambda _: False),
         mock.patch("fastprompt.ops._triton.why_not", lambda _: None),
-        mock.patch("fastprompt.models.layers._fits", lambda _: False),
+        mock.patch.dict("fastprompt.ops._checks.ELEMENTWISE", {"cpu": "triton"}),
     ):
         yield
 

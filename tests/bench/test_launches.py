@@ -17,8 +17,8 @@ def test_a_layer(family, kind, monkeypatch):
     for way in launches.WAYS:
         few, many = (launches._launches(family, kind, way, depth) for depth in launches.DEPTHS)
         counted[way] = launches._per_layer(few, many).both
-    assert counted["ours"] <= 0.6 * counted["peft"]
-    assert 0 < counted["ours"] < counted["ours, stock layers"]
+    assert 0 < counted["ours"] <= 0.6 * counted["peft"]
+    assert 0 < counted["ours, on a GPU"] <= 0.6 * counted["peft"]
 
 
 def test_it_counts_kernels_alone():
@@ -34,7 +34,7 @@ def test_the_table():
     rows = [
         row("llama", "prefix", "peft", cost(40, 60), cost(3, 4), cost(200, 300)),
         row("llama", "prefix", "ours", cost(10, 30), cost(1, 1), cost(100, 150)),
-        row("llama", "prefix", "ours, stock layers", cost(40, 50), cost(1, 1), None),
+        row("llama", "prefix", "ours, on a GPU", cost(40, 50), cost(1, 1), None),
     ]
     lines = launches.table(rows).splitlines()
     assert lines[3] == "| llama | prefix | ours | 10.0 30.0 40.0 | 0.40 | 2 | 100 150 250 | 0.50 |"

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
-from fastprompt.models import layers, packed, packed_call
-from fastprompt.ops import _triton
+from fastprompt.models import packed, packed_call
+from fastprompt.ops import _checks, _triton
 from fastprompt.training import PackingCollator
 
 P, LENGTHS, IDS = 3, (7, 1, 12, 5), ["default", "cy", "cy", "default"]
@@ -43,7 +43,7 @@ def gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["fastprompt.ops.prefix_attention"], "_choose", lambda *_: "triton")
     monkeypatch.setattr(sys.modules["fastprompt.ops.pack_prompt"]._native, "available", lambda _: False)
     monkeypatch.setattr(_triton, "why_not", lambda _: None)
-    monkeypatch.setattr(layers, "_fits", lambda _: False)
+    monkeypatch.setitem(_checks.ELEMENTWISE, "cpu", "triton")
 
 
 @pytest.fixture
