@@ -152,6 +152,8 @@ def test_suite_is_recorded_and_outlives_a_broken_device(tmp_path):
     out.mkdir()
     environment = {"PYTHONPATH": str(ROOT), "OUT": str(out), "PROGRESS": "/nowhere", "RUN": "1", "DEVICE": "cpu"}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # Without what the workers of an outer pytest-xdist are told.
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")} | environment
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_records", "-p", "xdist", "-n", "1"]
     command += [
         "--continue-on-collection-errors",
@@ -163,7 +165,7 @@ def test_suite_is_recorded_and_outlives_a_broken_device(tmp_path):
         "no:cacheprovider",
         tmp_path,
     ]
-    screen = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
+    screen = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     passed = [name for record in records for name in record.get("passed", ())]
     assert len(passed) == len(set(passed)) == 2, screen.stdout
@@ -171,7 +173,7 @@ def test_suite_is_recorded_and_outlives_a_broken_device(tmp_path):
     assert {"test_few.py::test_b", "test_few.py::test_d"} <= {record["case"] for record in records}
     assert [record["case"] for record in records if "missing" in record] == ["test_lost.py"]
     command[-1:] = ["-n", "0", "--collect-only", tmp_path]
-    screen = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
+    screen = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "2 deselected" in screen.stdout, screen.stdout
 
 

@@ -108,7 +108,7 @@ def alignment_loss(
             return losses.sum()
         if row_weight is None:
             return losses.mean()
-        total = row_weight.sum()
+        total = torch.where(row_weight == 0, 0.0, row_weight).sum()  # a weight of 0 has no gradient
         return losses.sum() / torch.where(total == 0, 1.0, total)
     at_once = torch.is_grad_enabled() and reduction != "none"
     needs = [at_once and x is not None and x.requires_grad for x in tensors]

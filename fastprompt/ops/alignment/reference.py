@@ -48,7 +48,8 @@ def alignment_loss(
     accumulate = torch.promote_types(student.dtype, torch.float32)
     u = normalized(F.linear(student, weight, bias).to(accumulate), normalize)
     v = normalized(teacher.to(accumulate), normalize)
-    w = None if row_weight is None else row_weight.to(accumulate)
+    # A weight of 0 has no gradient: the row is not there.
+    w = None if row_weight is None else torch.where(row_weight == 0, 0.0, row_weight.to(accumulate))
     rows = u.new_zeros(len(u))
     for name in distance.split("+"):
         if name == "cosine":
