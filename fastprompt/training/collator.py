@@ -24,6 +24,12 @@ class PackingCollator:
     - prompt_ids, a list of S;
     - packing, a `fastprompt.models.packing.Packing`: the same on the host, for the forward.
 
+    Example:
+        >>> collate = PackingCollator()
+        >>> batch = collate([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["cu_seq_lens_q"].tolist()
+        ([[5, 6, 7, 8, 9]], [[-100, 6, 7, -100, 9]], [0, 3, 5])
+
     Args:
         separator_id: the label of each sample's first token, which so is not predicted from the sample before. None:
             its own, as for classes of the tokens themselves, or where a prompt's last row is to predict it.
@@ -35,9 +41,10 @@ class PackingCollator:
         self.separator_id = separator_id
 
     def __call__(self, features: Sequence[Mapping]) -> dict:
-        """
+        """Pack the features into one row; the class says what they hold and what is made of them.
+
         Raises:
-            ValueError: no features, a name that is none of those above or not in all, or lengths that disagree.
+            ValueError: no features, a name that is not one of those or not in all, or lengths that disagree.
         """
         names = _names(features)
         columns = {name: [_row(name, each[name]) for each in features] for name in names if name not in PER_SAMPLE}
