@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprompt
 from fastprompt._extras import require
-from fastprompt.models import packed
+from fastprompt.models.packed import layout
 
 DEPTHS, P, LENGTHS, VOCABULARY = (6, 24), 16, (9, 14, 5, 12), 64  # 6: each kind of Gemma's layers is in the difference
 FREE = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias")  # launch nothing
@@ -134,8 +134,8 @@ def _launches(family: str, kind: str, way: str, depth: int) -> Cost:
                 tensors.update({name: mode.from_tensor(x) for name, x in tensors.items() if x is not None})
         model.prompt_tokens = {name: mode.from_tensor(x) for name, x in model.prompt_tokens.items()}
         inputs = {name: mode.from_tensor(x) for name, x in inputs.items()}
-        read = mock.patch.object(packed, "read", lambda tensors: {name: values[name] for name in tensors})
-        scale = mock.patch("fastprompt.models.packed_call._scale", lambda embedding: 1.0)
+        read = mock.patch.object(layout, "read", lambda tensors: {name: values[name] for name in tensors})
+        scale = mock.patch("fastprompt.models.packed.forward._scale", lambda embedding: 1.0)
         with read, scale:
             with Launches() as forward:
                 loss = model(**inputs).loss

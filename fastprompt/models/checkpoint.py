@@ -24,7 +24,7 @@ from fastprompt._files import (
 from fastprompt.nn import Prefix, Prompt
 
 from .config import PromptConfig
-from .initial import chosen_layers, new_prompt
+from .prompt_init import chosen_layers, new_prompt
 
 WEIGHTS, CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "fastprompt_config.json"
 ENCODER, ADAPTERS = "encoder.safetensors", "adapters.safetensors"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .packed import PackedBackbone
+from .packed.backbone import PackedBackbone
 
 _PUT_BACK = {"forward", "prepare_inputs_for_generation"}
 

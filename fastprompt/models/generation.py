@@ -45,7 +45,7 @@ class GenerationPass:
         sliding_window: int | None = None,
         **options,
     ) -> tuple[Tensor, None]:
-        """As `fastprompt.models.attention.attention`, over the prefix and the cached text."""
+        """As `fastprompt.models.packed.attention.attention`, over the prefix and the cached text."""
         prefix = self.prefix.get(module.layer_idx)
         if prefix is not None:
             (samples, _, rows, _), cached = query.shape, key.shape[2]

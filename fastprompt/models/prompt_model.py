@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from fastprompt.nn import Prefix, Prompt
 
 from . import checkpoint
-from .adapters import Adapters
+from .bottleneck import Adapters
 from .config import PromptConfig
 from .generation import generate
-from .initial import chosen_layers, new_prompt
-from .packed import PackedBackbone, computed_in
-from .packing import Packing, read
+from .packed import layout
+from .packed.backbone import PackedBackbone, computed_in
+from .packed.layout import Packing
+from .prompt_init import chosen_layers, new_prompt
 
 DEFAULT = "default"  # PEFT's name of a first adapter
 
@@ -163,7 +164,7 @@ class PromptModel(nn.Module):
     def _bank(self, prompt_ids: Tensor | Sequence[str | int] | None) -> dict:
         """As `_prompts`, for `generate`."""
         ids = self._numbers(prompt_ids)
-        bank, index = self._prompts(read({"": ids})[""] if isinstance(ids, Tensor) else ids)
+        bank, index = self._prompts(layout.read({"": ids})[""] if isinstance(ids, Tensor) else ids)
         return bank | {"prompt_index": None if index is None else torch.tensor(index, device=self.prompt.weight.device)}
 
     def _prompts(self, ids: np.ndarray | None) -> tuple[dict, np.ndarray | None]:

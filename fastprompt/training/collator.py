@@ -7,7 +7,7 @@ from numbers import Integral
 import numpy as np
 import torch
 
-from fastprompt.models.packing import NO_LABEL, Packing
+from fastprompt.models.packed.layout import NO_LABEL, Packing
 
 PER_TOKEN = ("labels", "token_type_ids")
 PER_SAMPLE = ("prompt_ids",)
@@ -22,7 +22,7 @@ class PackingCollator:
     - input_ids, labels, token_type_ids, position_ids, each (1, T) int64; positions begin at 0 in each sample;
     - cu_seq_lens_q, cu_seq_lens_k, (S+1,) int32, and max_length_q, max_length_k: as DataCollatorWithFlattening's;
     - prompt_ids, a list of S;
-    - packing, a `fastprompt.models.packing.Packing`: the same on the host, for the forward.
+    - packing, a `fastprompt.models.packed.layout.Packing`: the same on the host, for the forward.
 
     Example:
         >>> collate = PackingCollator()

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastprompt.models.adapted import AdaptedBackbone
 from fastprompt.models.generation import generate
+from fastprompt.models.methods import AdaptedBackbone
 from fastprompt.ops import linear_cross_entropy
 from fastprompt.tasks.metrics import answer_scores
 from fastprompt.tasks.squad import Question

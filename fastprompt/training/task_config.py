@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastprompt._settings import check_fields
 from fastprompt.models import PromptConfig
-from fastprompt.models.adapted import METHODS
+from fastprompt.models.methods import METHODS
 from fastprompt.nn import AlignmentLoss
 from fastprompt.tasks.data import TASKS
 
@@ -23,7 +23,7 @@ class TaskConfig:
 
     Attributes:
         task: "pawsx", "xquad", "mlqa" or "retrieval", whose examples are the pairs of the alignment.
-        method, lora_rank, norms, top_layers: what trains, as of `fastprompt.models.adapted.AdaptedBackbone`.
+        method, lora_rank, norms, top_layers: what trains, as of `fastprompt.models.methods.AdaptedBackbone`.
         train_head: whether the head trains; without, it is what it began as.
         num_virtual_tokens, layers, adapter_size, position_offset: as in `fastprompt.PromptConfig`.
         init_text: as in `TrainingConfig`.

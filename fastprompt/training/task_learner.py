@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._files import read_tensors, write_tensors
-from fastprompt.models.adapted import AdaptedBackbone, keep_layers
+from fastprompt.models.methods import AdaptedBackbone, keep_layers
 from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastprompt.models.adapted import keep_layers
+from fastprompt.models.methods import keep_layers
 from fastprompt.tasks.parallel import Pair
 from fastprompt.tasks.retrieval import firsts, sentence_groups
 

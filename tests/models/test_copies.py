@@ -14,7 +14,7 @@ from helpers import batch, build
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
-from fastprompt.models.adapted import AdaptedBackbone
+from fastprompt.models.methods import AdaptedBackbone
 from fastprompt.models.packed import PackedBackbone
 
 P = 3

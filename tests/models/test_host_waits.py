@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
-from fastprompt.models import packed, packed_call
+from fastprompt.models.packed import layout
 from fastprompt.ops import _checks, _triton
 from fastprompt.training import PackingCollator
 
@@ -55,8 +55,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         found.extend([tuple(tensors)] if tensors else [])
         return {name: tensor.host_values for name, tensor in tensors.items()}
 
-    monkeypatch.setattr(packed, "read", read)
-    monkeypatch.setattr(packed_call, "read", read)
+    monkeypatch.setattr(layout, "read", read)
     return found
 
 

@@ -10,7 +10,7 @@ import transformers
 from helpers import DECODERS, batch, build
 
 from fastprompt import PromptConfig, PromptModel, _native
-from fastprompt.models.layers import FUSED, fuse_layers
+from fastprompt.models.packed.layers import FUSED, fuse_layers
 from fastprompt.ops import _checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

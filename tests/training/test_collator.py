@@ -8,7 +8,7 @@ import transformers
 from helpers import CONFIGS, VOCABULARY, build
 
 from fastprompt import PromptConfig, PromptModel
-from fastprompt.models.packing import Packing
+from fastprompt.models.packed.layout import Packing
 from fastprompt.training import PackingCollator
 
 LENGTHS = 4, 1, 6, 3

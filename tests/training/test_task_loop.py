@@ -11,7 +11,7 @@ from helpers import paraphrases, questions, save_backbone, translations, write_e
 from typer.testing import CliRunner
 
 from fastprompt import cli
-from fastprompt.models.adapted import METHODS
+from fastprompt.models.methods import METHODS
 from fastprompt.tasks.parallel import Pair
 from fastprompt.training import encoding
 from fastprompt.training.run import Run

@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from fastprompt.ops import linear_cross_entropy
 from fastprompt.ops._checks import check_targets
 
-from .packing import Packing
+from .layout import Packing
 
 
 class CausalHead:

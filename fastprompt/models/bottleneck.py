@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastprompt.nn import Adapter
 
-from .packed import PackedBackbone
+from .packed.backbone import PackedBackbone
 
 
 class Adapters(nn.ModuleList):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..families import geometry
+from . import layout
 from .attention import NAME
-from .families import geometry
+from .forward import Call, StandIn
 from .head import CausalHead
 from .layers import fuse_layers
-from .packed_call import Call, StandIn
-from .packing import NO_LABEL, Packing, read
+from .layout import NO_LABEL, Packing
 
 # The inputs that say which tokens there are, and of which samples.
 TELLING = "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"
@@ -128,7 +129,7 @@ class PackedBackbone:
             wanted |= {name: inputs.get(name) for name in TELLING}
         elif packing.labelled is not None:
             del wanted["labels"]
-        values = read({name: tensor for name, tensor in wanted.items() if tensor is not None})
+        values = layout.read({name: tensor for name, tensor in wanted.items() if tensor is not None})
         if packing is None:
             _check_values(values)
             told = (values.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"))

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fastprompt.ops import prefix_attention
 
-from .generation import GenerationPass
+from ..generation import GenerationPass
 
 NAME = "fastprompt"
 

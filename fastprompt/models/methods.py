@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from fastprompt._extras import require
 
 from .config import PromptConfig
-from .packed import PackedBackbone
+from .packed.backbone import PackedBackbone
 from .prompt_model import PromptModel
 
 METHODS = ("head", "full", "lora", "prompt", "prefix")

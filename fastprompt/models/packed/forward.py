@@ -13,12 +13,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastprompt.ops import pack_prompt
 
+from . import layout
 from .attention import PackedPass
 from .head import CausalHead
-from .packing import Packing, read, to_device
+from .layout import Packing, to_device
 
 if TYPE_CHECKING:
-    from .packed import PackedBackbone
+    from .backbone import PackedBackbone
 
 # The stock arguments that a packed pass replaces. What else a head hands to its base model is passed on.
 _REPLACED = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "past_key_values")
@@ -301,6 +302,6 @@ def _scale(embedding: nn.Module) -> float:
         return float(scale)
     known = _SCALES.setdefault(scale, {})
     if dtype not in known:
-        value = read({"embed_scale": scale})["embed_scale"].item()
+        value = layout.read({"embed_scale": scale})["embed_scale"].item()
         known[dtype] = torch.tensor(value, dtype=dtype, device="cpu").item()
     return known[dtype]

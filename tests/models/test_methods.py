@@ -8,7 +8,7 @@ import torch
 from helpers import CONFIGS, DECODERS, ENCODERS, batch, build
 
 from fastprompt import PromptConfig
-from fastprompt.models.adapted import METHODS, AdaptedBackbone, keep_layers
+from fastprompt.models.methods import METHODS, AdaptedBackbone, keep_layers
 
 TOLERANCE = dict(rtol=1e-3, atol=2e-6)  # the stock norms of decoders round to float32
 KINDS = {"prompt": PromptConfig("prompt", 3), "prefix": PromptConfig("prefix", 3)}

@@ -1,0 +1,6 @@
+"""A backbone run packed: the tokens of a padded batch as one row of segments, prompts among them."""
+
+from .backbone import PackedBackbone
+from .layout import Packing
+
+__all__ = ["PackedBackbone", "Packing"]
