@@ -2,80 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .packed.passes import GenerationPass
 
 if TYPE_CHECKING:
     from .prompt_model import PromptModel
 
 _TEXTS = ("input_ids", "inputs_embeds", "inputs")  # arguments of generate that tell how many texts there are
-
-
-@dataclass(frozen=True)
-class GenerationPass:
-    """One call of the base model within generate, handed to every attention layer as the keyword `fastprompt_pass`.
-
-    Attributes:
-        prefix: layer index -> key and value, each (N, Hkv, P, D). A layer that is not in it has none.
-        prefix_index: (B',) which entry each sample reads; None: the first. The batch may be a multiple of it, as beams
-            make it: neighbours are of one sample.
-        positions: (B or 1, L) the rows' places in their texts.
-        prefix_in_window: the prefix slides out of a window.
-        adapters: those that act, if any.
-    """
-
-    prefix: dict[int, tuple[Tensor, Tensor]]
-    prefix_index: Tensor | None
-    positions: Tensor | None
-    prefix_in_window: bool
-    adapters: nn.ModuleList | None
-
-    def attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        sliding_window: int | None = None,
-        **options,
-    ) -> tuple[Tensor, None]:
-        """As `fastprompt.models.packed.attention.attention`, over the prefix and the cached text."""
-        prefix = self.prefix.get(module.layer_idx)
-        if prefix is not None:
-            (samples, _, rows, _), cached = query.shape, key.shape[2]
-            index = self.prefix_index
-            if index is None:
-                index = torch.zeros(1, dtype=torch.long, device=query.device)
-            index = index.repeat_interleave(samples // len(index))
-            key, value = (
-                torch.cat([own[index].to(text.dtype), text], 2) for own, text in zip(prefix, (key, value), strict=True)
-            )
-            if attention_mask is None:  # transformers leaves it out where it is causal and nothing is padded
-                attention_mask = torch.ones(1, 1, rows, cached, dtype=torch.bool, device=query.device)
-                # A single row sees all; several begin the text, and a static cache has room behind them.
-                attention_mask = attention_mask.tril(0 if rows > 1 else cached)
-            seen = self._seen(rows, prefix[0].shape[2], sliding_window)
-            if attention_mask.dtype != torch.bool:
-                seen = torch.zeros_like(seen, dtype=attention_mask.dtype).masked_fill(
-                    ~seen, torch.finfo(attention_mask.dtype).min
-                )
-            seen = seen.expand(max(len(seen), len(attention_mask)), -1, -1, -1)
-            attention_mask = torch.cat([seen, attention_mask.expand(len(seen), -1, -1, -1)], 3)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-    def _seen(self, rows: int, length: int, window: int | None) -> Tensor:
-        """(B or 1, 1, rows, length), whether a row sees each position of the prefix."""
-        positions = self.positions[:, None, :, None]
-        place = torch.arange(-length, 0, device=positions.device)
-        if window is None or not self.prefix_in_window:
-            return torch.ones(1, 1, rows, length, dtype=torch.bool, device=positions.device)
-        return positions - place < window
 
 
 @torch.no_grad()

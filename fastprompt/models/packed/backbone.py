@@ -74,7 +74,7 @@ class PackedBackbone:
             packing: what `pack` made of inputs and labels; None: it is made here.
             prefix: layer index -> key and value, each (N, Hkv, P, D), a bank of N prefixes.
             prompt: (N, P, E), a bank of N times P rows to stand before segments.
-            prompt_index: (S,) which entry of the bank each segment reads; None: the first.
+            prompt_index: (S,) which prompt of the bank each segment reads; None: the first.
             shared_ids: (S,) token ids of a text that all segments begin with, after the prompt; run once (causal only).
             position_offset: added to the tokens' positions.
             prefix_in_window: see `fastprompt.ops.prefix_attention`.

@@ -14,9 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastprompt.ops import pack_prompt
 
 from . import layout
-from .attention import PackedPass
 from .head import CausalHead
 from .layout import Packing, to_device
+from .passes import PackedPass
 
 if TYPE_CHECKING:
     from .backbone import PackedBackbone
@@ -97,11 +97,12 @@ class Call:
             cu_seqlens=plan.get("segments_with_prompt", plan["cu_seqlens"]),
             is_causal=geometry.is_causal,
             prefix=self.prefix,
-            prefix_index=plan.get("prompt_index"),
-            nothing=weight.new_empty(max(self._front[0], 1), geometry.kv_heads, 0, geometry.head_dim),
-            front=self._front,
-            front_bounds=plan.get("front_bounds"),
-            front_entries=plan.get("front_entries"),
+            prompt_index=plan.get("prompt_index"),
+            nothing=weight.new_empty(max(self._leading[0], 1), geometry.kv_heads, 0, geometry.head_dim),
+            num_prompts=self._leading[0],
+            leading_rows=self._leading[1],
+            leading_bounds=plan.get("leading_bounds"),
+            leading_index=plan.get("leading_index"),
             prefix_in_window=self.prefix_in_window,
             adapters=self.adapters,
         )
@@ -110,7 +111,7 @@ class Call:
         return given | packed | {"attention_mask": prepared, "fastprompt_pass": state}
 
     def _planned(self) -> dict[str, np.ndarray]:
-        packing, (entries, rows) = self.packing, self._before
+        packing, (num_prompts, rows) = self.packing, self._before
         positions = self._positions() + (self.position_offset + self._shared_rows)
         planned = {"cu_seqlens": packing.cu_seqlens}
         if not packing.in_place:
@@ -118,12 +119,12 @@ class Call:
         if self.prompt_index is not None:
             planned["prompt_index"] = self.prompt_index
         first = self.owner.geometry.first_position
-        if self._front[1]:  # they stand once before all segments, at the positions before the text's
+        if self._leading[1]:  # they stand once before all segments, at the positions before the text's
             last = self.position_offset + self._shared_rows + first
-            positions = np.concatenate([np.tile(np.arange(last - rows, last), entries), positions])
-            if entries > 1 or self.prefix:
-                planned["front_bounds"] = np.arange(0, entries * rows + 1, rows, dtype=np.int32)
-                planned["front_entries"] = np.arange(entries)
+            positions = np.concatenate([np.tile(np.arange(last - rows, last), num_prompts), positions])
+            if num_prompts > 1 or self.prefix:
+                planned["leading_bounds"] = np.arange(0, num_prompts * rows + 1, rows, dtype=np.int32)
+                planned["leading_index"] = np.arange(num_prompts)
         elif rows:  # in every segment, at positions 0..P-1
             begins = packing.cu_seqlens + rows * np.arange(packing.segments + 1)
             token_rows = np.arange(len(packing.index)) + (packing.segment + 1) * rows
@@ -138,13 +139,13 @@ class Call:
             firsts = packing.first_rows
             if self.pools_prompt:
                 firsts = begins[:-1].astype(np.int64)
-            elif rows and not self._front[1]:
+            elif rows and not self._leading[1]:
                 firsts = token_rows[firsts]
             else:
-                firsts = firsts + entries * rows
+                firsts = firsts + num_prompts * rows
             planned["firsts"] = firsts
         if self.head is not None:
-            planned |= self.head.planned(packing, self._front, self.prompt_index)
+            planned |= self.head.planned(packing, self._leading, self.prompt_index)
         return planned
 
     @property
@@ -153,18 +154,18 @@ class Call:
 
     @property
     def _before(self) -> tuple[int, int]:
-        """Entries, and rows of each, that stand before the text: once, or those of one entry in every segment."""
+        """Prompts, and rows of each, that stand before the text: once, or those of one in every segment."""
         if self.prompt is not None:
             return self.prompt.shape[0], self.prompt.shape[1] + self._shared_rows
         if self.shared_ids is None:
             return 0, 0
-        # Entries of a prefix bank read different keys in every layer: each has the text's rows to itself.
+        # Prefixes of a bank hold different keys in every layer: each has the text's rows to itself.
         prefix = next(iter(self.prefix.values()), None)
         return 1 if prefix is None else len(prefix[0]), self._shared_rows
 
     @property
-    def _front(self) -> tuple[int, int]:
-        """Entries, and rows of each, that stand once before all segments."""
+    def _leading(self) -> tuple[int, int]:
+        """Prompts, and rows of each, that stand once before all segments."""
         return self._before if self.owner.geometry.is_causal else (0, 0)
 
     @property
@@ -274,7 +275,7 @@ class Call:
     def _tokens(self, hidden: Tensor) -> Tensor:
         """(1, R, D) -> (T, D), without prompt rows."""
         rows = self.plan.get("token_rows")
-        return hidden[0, math.prod(self._front) :] if rows is None else hidden[0].index_select(0, rows)
+        return hidden[0, math.prod(self._leading) :] if rows is None else hidden[0].index_select(0, rows)
 
 
 class StandIn(nn.Module):

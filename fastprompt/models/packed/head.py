@@ -44,28 +44,28 @@ class CausalHead:
         self.from_states = not self.all_logits and plain and model.loss_function is ForCausalLMLoss
 
     def planned(
-        self, packing: Packing, front: tuple[int, int], prompt_index: np.ndarray | None
+        self, packing: Packing, leading: tuple[int, int], prompt_index: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         """For a plan: of the labels that something predicts, their places in the batch and their predictors' rows.
 
-        A segment's first token is predicted by the last row of its front, as in PEFT; where there is none, by nothing.
+        A segment's first token is predicted by the last row of its leading prompt, as in PEFT; without one, by nothing.
 
         Args:
-            front: entries, and rows of each, that stand before the text.
-            prompt_index: (S,) which entry each segment reads; None: the first.
+            leading: prompts, and rows of each, that stand before the text.
+            prompt_index: (S,) which of them each segment reads; None: the first.
         """
         if self.labels is None:
             return {}
-        (entries, rows), labelled = front, packing.labelled
+        (num_prompts, rows), labelled = leading, packing.labelled
         first = packing.positions[labelled] == 0
         if not rows:
             labelled, first = labelled[~first], False
         own = 0 if prompt_index is None else prompt_index[packing.segment[labelled]]
-        if self.all_logits:  # the head is given the fronts' last rows, and then the text's
-            predictors = np.where(first, own, (entries if rows else 0) + labelled - 1)
-            ends = {"ends": np.arange(1, entries + 1) * rows - 1} if rows else {}
+        if self.all_logits:  # the head is given the prompts' last rows, and then the text's
+            predictors = np.where(first, own, (num_prompts if rows else 0) + labelled - 1)
+            ends = {"ends": np.arange(1, num_prompts + 1) * rows - 1} if rows else {}
         else:
-            predictors, ends = np.where(first, (own + 1) * rows - 1, entries * rows + labelled - 1), {}
+            predictors, ends = np.where(first, (own + 1) * rows - 1, num_prompts * rows + labelled - 1), {}
         return {"targets": packing.index[labelled], "predictors": predictors.astype(np.int64)} | ends
 
     def rows(self, hidden: Tensor, text: Tensor, plan: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from fastprompt.ops.gated import gated
 from fastprompt.ops.rms_norm import rms_norm
 from fastprompt.ops.rotary import rotary
 
-from .attention import PackedPass
+from .passes import PackedPass
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of a configuration, and the operator's
 
