@@ -6,6 +6,7 @@ require("transformers", "train")
 
 from .config import PromptConfig  # noqa: E402
 from .fuse import fuse  # noqa: E402
+from .packed import PromptInputs  # noqa: E402
 from .prompt_model import PromptModel  # noqa: E402
 
-__all__ = ["PromptConfig", "PromptModel", "fuse"]
+__all__ = ["PromptConfig", "PromptInputs", "PromptModel", "fuse"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastprompt.nn import Adapter
 
-from .packed.backbone import PackedBackbone
+from .families import Geometry
 
 
 class Adapters(nn.ModuleList):
@@ -16,22 +16,28 @@ class Adapters(nn.ModuleList):
     They act in packed passes that carry them and in no other call of the backbone.
 
     Args:
-        packed: the backbone; hooks are put on modules of its layers. They know the adapters from the pass alone, so
-            that a copy of the backbone takes those of its own pass.
+        layers: the backbone's; hooks are put on modules of them. They know the adapters from the pass alone, so that a
+            copy of the backbone takes those of its own pass.
+        geometry: the backbone's.
         size: features of each bottleneck.
     """
 
-    def __init__(self, packed: PackedBackbone, size: int) -> None:
-        super().__init__(LayerAdapters(packed.geometry.hidden, size) for _ in packed.layers)
-        gate, attention, feed_forward = packed.geometry.sublayers
-        for index, layer in enumerate(packed.layers):
-            if _after_attention in layer.get_submodule(attention)._forward_hooks.values():
-                continue  # of other adapters
+    def __init__(self, layers: nn.ModuleList, geometry: Geometry, size: int) -> None:
+        super().__init__(LayerAdapters(geometry.hidden, size) for _ in layers)
+        gate, attention, feed_forward = geometry.sublayers
+        for index, layer in enumerate(layers):
+            if _is_hooked(layer, attention):
+                continue  # by other adapters
             # Not hooks for the time of a call: gradient checkpointing runs the layer again when the call is long over.
             # The attention, which runs first in a layer, is handed the pass both times.
             layer.get_submodule(gate).register_forward_pre_hook(partial(_begin, index), with_kwargs=True)
             layer.get_submodule(attention).register_forward_hook(_after_attention)
             layer.get_submodule(feed_forward).register_forward_hook(_after_feed_forward)
+
+    def check(self, layers: nn.ModuleList, geometry: Geometry) -> None:
+        """Raise a ValueError if they would not act in these layers, those of a backbone they were not made for."""
+        if len(layers) != len(self) or not _is_hooked(layers[0], geometry.sublayers[1]):
+            raise ValueError(f"adapters must have been made for this backbone of {len(layers)} layers")
 
 
 class LayerAdapters(nn.Module):
@@ -43,6 +49,10 @@ class LayerAdapters(nn.Module):
 
 
 _running = threading.local()  # the adapters of the layer that runs; replicas of a model run in a thread each
+
+
+def _is_hooked(layer: nn.Module, attention: str) -> bool:
+    return _after_attention in layer.get_submodule(attention)._forward_hooks.values()
 
 
 def _begin(index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -4,9 +4,8 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,8 @@ from fastprompt._files import (
 from fastprompt.nn import Prefix, Prompt
 
 from .config import PromptConfig
+from .families import Geometry
+from .packed import PackedBackbone
 from .prompt_init import chosen_layers, new_prompt
 
 WEIGHTS, CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "fastprompt_config.json"
@@ -43,22 +44,42 @@ _HEADS = {
 }
 
 
-def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] = ()) -> None:
-    """Write one prompt of a model, and the names of the others that go with it."""
+def save(
+    config: PromptConfig,
+    geometry: Geometry,
+    prompt: Prompt | Prefix,
+    directory: Path,
+    *,
+    backbone: nn.Module,
+    head: Collection[str] = (),
+    adapters: nn.Module | None = None,
+    others: Sequence[str] = (),
+) -> None:
+    """Write a prompt, and what goes with it.
+
+    Args:
+        config: that the prompt was made by.
+        geometry: the backbone's.
+        prompt: what is written.
+        directory: where.
+        backbone: of its weights those that its base model does not bring are written beside the prompt.
+        head: names of weights of the backbone that are written in any case, such as a task's head.
+        adapters: in the backbone's layers, if any.
+        others: names of the other prompts that go with it, in subfolders.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    config, geometry = model.config, model._packed.geometry
     whole = config.kind == "prompt" or len(prompt.layers) == geometry.layers
     # PEFT has no prefix in some layers only, and no adapters beside it: it must refuse such a file.
     peft_type = PEFT_TYPES[config.kind] if whole else "FASTPROMPT_PREFIX_IN_SOME_LAYERS"
-    peft_type = peft_type if model.adapters is None else "FASTPROMPT_WITH_ADAPTERS"
-    name = type(model.backbone).__name__
+    peft_type = peft_type if adapters is None else "FASTPROMPT_WITH_ADAPTERS"
+    name = type(backbone).__name__
     task = next((task for ending, task in _HEADS.items() if name.endswith(ending)), "FEATURE_EXTRACTION")
-    modules = sorted({name.split(".")[0] for name in model.head() if _of_head(model.backbone, name)})
-    kv_heads = geometry.kv_heads if config.kind == "prefix" else model.backbone.config.num_attention_heads
+    modules = sorted({name.split(".")[0] for name in head if _of_head(backbone, name)})
+    kv_heads = geometry.kv_heads if config.kind == "prefix" else backbone.config.num_attention_heads
     peft_config = {
         "peft_type": peft_type,
         "task_type": task,
-        "base_model_name_or_path": model.backbone.config._name_or_path,
+        "base_model_name_or_path": backbone.config._name_or_path,
         "inference_mode": True,
         "num_virtual_tokens": config.num_virtual_tokens,
         "token_dim": kv_heads * geometry.head_dim if config.kind == "prefix" else geometry.hidden,
@@ -75,9 +96,9 @@ def save(model, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] 
         own |= {"encoder": prompt.encoder.name, "encoder_hidden_size": prompt.encoder.hidden_size}
         own |= {"init": "random", "init_ids": None}
         files[ENCODER] = write_tensors(directory / ENCODER, prompt.state_dict())
-    if model.adapters is not None:
-        files[ADAPTERS] = write_tensors(directory / ADAPTERS, model.adapters.state_dict())
-    beside = {BACKBONE + name: tensor for name, tensor in _beside(model).items()}
+    if adapters is not None:
+        files[ADAPTERS] = write_tensors(directory / ADAPTERS, adapters.state_dict())
+    beside = {BACKBONE + name: tensor for name, tensor in _beside(backbone, head).items()}
     files[WEIGHTS] = write_tensors(directory / WEIGHTS, {KEY: prompt.encoded()} | beside)
     write_json(directory / OWN_CONFIG, own | {"files": files})
     write_text(directory / CONFIG, json.dumps(peft_config, indent=2) + "\n")
@@ -89,20 +110,20 @@ def _of_head(backbone: nn.Module, name: str) -> bool:
     return not inside and backbone.get_output_embeddings() is None
 
 
-def _beside(model) -> dict[str, Tensor]:
+def _beside(backbone: nn.Module, head: Collection[str]) -> dict[str, Tensor]:
     """What goes into the file beside the prompt, by its name in the backbone: all that its base does not bring.
 
     A task's head; what else trains, or came from a file; buffers; and what is of another shape than the base model's
     own configuration says, as are embeddings with more tokens. Of tied weights the first.
     """
-    backbone, found, seen = model.backbone, {}, set()
+    found, seen = {}, set()
     parameters = dict(backbone.named_parameters(remove_duplicate=False))
     buffers, base = dict(backbone.named_buffers()), _base_shapes(backbone)
     for name, tensor in backbone.state_dict(keep_vars=True).items():
         if name in parameters:
             plain = name.replace(".base_layer.", ".")  # as it was before something like LoRA was put around it
             added = base is not None and base.get(plain) != tensor.shape
-            wanted = tensor.requires_grad or name in model._head or added
+            wanted = tensor.requires_grad or name in head or added
         else:
             wanted = name in buffers
         if wanted and id(tensor) not in seen:
@@ -133,45 +154,26 @@ def _base_shapes(backbone: nn.Module) -> dict[str, torch.Size] | None:
         return {name: tensor.shape for name, tensor in type(backbone)(config).state_dict().items()}
 
 
-def load(cls, backbone: nn.Module, directory: Path, trainable: bool):
-    """See `PromptModel.from_pretrained`."""
-    stored = _read(directory)
-    beside = _fitting(backbone, stored.beside, directory)
-    model = cls(backbone, _start(stored.config, stored.config, trainable))
-    model.config = stored.config
-    _fill(model.prompt, stored)
-    if model.adapters is not None:
-        _load_state(model.adapters, stored, ADAPTERS)
-    for own, tensor in beside.values():
-        own.data.copy_(tensor)
-    # What came from a file goes into the next one.
-    parameters = {name for name, _ in backbone.named_parameters()}
-    model._head += [name for name in beside if name in parameters and name not in model._head]
-    for name in stored.others:
-        model.load_prompt(name, directory / name, trainable=trainable)
-    return model
-
-
-def load_prompt(model, directory: Path, trainable: bool) -> Prompt | Prefix:
-    """The prompt in a folder, for the bank of `model`."""
-    stored, own = _read(directory), model.config
-    config = stored.config
-    settings = {"kind": (config.kind, own.kind), "position_offset": (config.position_offset, own.position_offset)}
-    if config.kind == own.kind == "prefix":
-        settings["layers"] = tuple(chosen_layers(each, model._packed.geometry.layers) for each in (config, own))
+def load_prompt(config: PromptConfig, packed: PackedBackbone, directory: Path, trainable: bool) -> Prompt | Prefix:
+    """The prompt in a folder, for a bank of prompts that `config` describes, over the backbone of `packed`."""
+    stored = read(directory)
+    settings = {name: (getattr(stored.config, name), getattr(config, name)) for name in ("kind", "position_offset")}
+    if config.kind == stored.config.kind == "prefix":
+        settings["layers"] = tuple(chosen_layers(each, packed.geometry.layers) for each in (stored.config, config))
     for name, (got, expected) in settings.items():
         if got != expected:
             raise ValueError(f"{name} of the prompt in {directory} must be {expected!r}, as the model's, got {got!r}")
-    inner = {name: tensor for name, tensor in stored.beside.items() if not _of_head(model.backbone, name)}
-    for name, (own_tensor, tensor) in _fitting(model.backbone, inner, directory).items():
+    inner = {name: tensor for name, tensor in stored.beside.items() if not _of_head(packed.model, name)}
+    for name, (own_tensor, tensor) in _fitting(packed.model, inner, directory).items():
         if not torch.equal(own_tensor, tensor.to(own_tensor)):
             raise ValueError(f"{name} beside the prompt in {directory} must be the model's: it was trained there")
-    prompt = new_prompt(_start(own, config, trainable), model._packed)
-    _fill(prompt, stored)
+    prompt = new_prompt(stored.start(config, trainable), packed)
+    stored.fill(prompt)
     return prompt
 
 
-class _Folder(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folder:
     """What a folder holds.
 
     Attributes:
@@ -190,8 +192,51 @@ class _Folder(NamedTuple):
     others: list[str]
     files: dict[str, str]
 
+    def start(self, config: PromptConfig, trainable: bool) -> PromptConfig:
+        """`config`, for a prompt that begins at what is held: no pass for it, and an encoder only if it trains on."""
+        encoder, hidden_size = (self.config.encoder, self.config.encoder_hidden_size) if trainable else (None, None)
+        begin = {"init": "random", "init_ids": None, "init_scale": 0.0}
+        return dataclasses.replace(config, **begin, encoder=encoder, encoder_hidden_size=hidden_size)
 
-def _read(directory: Path) -> _Folder:
+    @torch.no_grad()
+    def fill(self, prompt: Prompt | Prefix, adapters: nn.Module | None = None) -> None:
+        """Give a prompt, and adapters, the values that are held."""
+        directory, expected = self.directory, prompt.encoded().shape
+        if self.rows.shape != expected:
+            raise ValueError(
+                f"{KEY} in {directory / WEIGHTS} must be {tuple(expected)} for this backbone, "
+                f"got {tuple(self.rows.shape)}"
+            )
+        if prompt.encoder is None:
+            prompt.weight.copy_(self.rows)
+        else:
+            self._fill_state(prompt, ENCODER)
+            encoded = prompt.encoded()
+            if not torch.allclose(encoded, self.rows.to(encoded), rtol=0, atol=1e-2 * float(encoded.abs().max())):
+                raise ValueError(
+                    f"{ENCODER} in {directory} makes another prompt than the one beside it: files were mixed"
+                )
+        if adapters is not None:
+            self._fill_state(adapters, ADAPTERS)
+
+    def _fill_state(self, module: nn.Module, name: str) -> None:
+        file = self.directory / name
+        if not file.is_file():
+            why = " to go on training" if name == ENCODER else ""
+            raise FileNotFoundError(f"directory must hold {name}{why}, which is not in {self.directory}")
+        tensors = _tensors(self.directory, name, self.files)
+        shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (module.state_dict(), tensors))
+        if got != shapes:
+            raise ValueError(f"{file} must hold {shapes}, got {got}")
+        module.load_state_dict(tensors)
+
+    def fitting(self, backbone: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """The backbone's own tensor and the one that is held beside the prompt, by name."""
+        return _fitting(backbone, self.beside, self.directory)
+
+
+def read(directory: Path) -> Folder:
+    """What a folder holds that we, or PEFT, wrote."""
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"directory must hold {name}, which is not in {directory}")
@@ -214,7 +259,7 @@ def _read(directory: Path) -> _Folder:
     if KEY not in tensors:
         raise ValueError(f"{directory / WEIGHTS} must hold {KEY!r}, got {sorted(tensors)}")
     rows = tensors.pop(KEY)
-    return _Folder(directory, config, rows, {n.removeprefix(BACKBONE): t for n, t in tensors.items()}, others, files)
+    return Folder(directory, config, rows, {n.removeprefix(BACKBONE): t for n, t in tensors.items()}, others, files)
 
 
 def _read_own(file: Path) -> tuple[PromptConfig, list[str], dict[str, str]]:
@@ -248,38 +293,3 @@ def _fitting(backbone: nn.Module, beside: dict[str, Tensor], directory: Path) ->
             have = tuple(own[name].shape) if name in own else "no such parameter"
             raise ValueError(f"{name} in {directory} must fit the backbone: {have}, got {tuple(tensor.shape)}")
     return {name: (own[name], tensor) for name, tensor in beside.items()}
-
-
-def _start(config: PromptConfig, stored: PromptConfig, trainable: bool) -> PromptConfig:
-    """`config`, for a prompt that begins at what a file holds: no pass for it, and an encoder only if it trains on."""
-    encoder, hidden_size = (stored.encoder, stored.encoder_hidden_size) if trainable else (None, None)
-    begin = {"init": "random", "init_ids": None, "init_scale": 0.0}
-    return dataclasses.replace(config, **begin, encoder=encoder, encoder_hidden_size=hidden_size)
-
-
-@torch.no_grad()
-def _fill(prompt: Prompt | Prefix, stored: _Folder) -> None:
-    rows, directory, expected = stored.rows, stored.directory, prompt.encoded().shape
-    if rows.shape != expected:
-        raise ValueError(
-            f"{KEY} in {directory / WEIGHTS} must be {tuple(expected)} for this backbone, got {tuple(rows.shape)}"
-        )
-    if prompt.encoder is None:
-        prompt.weight.copy_(rows)
-        return
-    _load_state(prompt, stored, ENCODER)
-    encoded = prompt.encoded()
-    if not torch.allclose(encoded, rows.to(encoded), rtol=0, atol=1e-2 * float(encoded.abs().max())):
-        raise ValueError(f"{ENCODER} in {directory} makes another prompt than the one beside it: files were mixed")
-
-
-def _load_state(module: nn.Module, stored: _Folder, name: str) -> None:
-    file = stored.directory / name
-    if not file.is_file():
-        why = " to go on training" if name == ENCODER else ""
-        raise FileNotFoundError(f"directory must hold {name}{why}, which is not in {stored.directory}")
-    tensors = _tensors(stored.directory, name, stored.files)
-    shapes, got = ({name: tuple(t.shape) for name, t in each.items()} for each in (module.state_dict(), tensors))
-    if got != shapes:
-        raise ValueError(f"{file} must hold {shapes}, got {got}")
-    module.load_state_dict(tensors)

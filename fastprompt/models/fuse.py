@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .packed.backbone import PackedBackbone
+from .checkpoint import KINDS
+from .packed import PackedBackbone, PromptInputs
 
 _PUT_BACK = {"forward", "prepare_inputs_for_generation"}
 
@@ -86,16 +87,17 @@ class FusedForward:
         encoded = self.get_prompt(batch_size=1)
         if kind == "prefix":
             encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}
-        output = packed(
-            inputs,
-            packing,
+        prompt_inputs = PromptInputs(
             **{kind: encoded},
             shared_ids=shared_ids,
-            label_smoothing=label_smoothing,
             position_offset=self.active_peft_config.num_virtual_tokens,
             prefix_in_window=True,
+        )
+        output = packed(
+            *(inputs, packing, prompt_inputs),
             labels=labels,
             all_logits=return_logits or not self.training or labels is None,
+            label_smoothing=label_smoothing,
             pools_prompt=True,
         )
         return output.to_tuple() if return_dict is False else output
@@ -142,8 +144,6 @@ def _name_for_trainer(model: nn.Module) -> None:
 
 
 def _kind(peft_model) -> str:
-    from .checkpoint import KINDS
-
     peft_type = getattr(peft_model.active_peft_config.peft_type, "value", peft_model.active_peft_config.peft_type)
     if peft_type not in KINDS:
         raise ValueError(f"peft_model's active adapter must be one of {tuple(KINDS)}, got {peft_type}")

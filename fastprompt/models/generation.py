@@ -1,52 +1,49 @@
 """Prompts in transformers' generate: every layer reads them in place, beside a cache that holds the text alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .packed import PackedBackbone, PromptInputs
 from .packed.passes import GenerationPass
-
-if TYPE_CHECKING:
-    from .prompt_model import PromptModel
 
 _TEXTS = ("input_ids", "inputs_embeds", "inputs")  # arguments of generate that tell how many texts there are
 
 
 @torch.no_grad()
-def generate(model: nn.Module, prompted: "PromptModel", prompt_ids: Tensor | Sequence[str] | None = None, **inputs):
-    """What `model.generate(**inputs)` gives with a prompt before each text.
+def generate(backbone: nn.Module, prompt_inputs: PromptInputs, /, **inputs):
+    """What `backbone.generate(**inputs)` gives with a prompt before each text.
 
     It runs in evaluation mode, whatever the modules' mode, and leaves them in theirs.
 
     Args:
-        model: a causal language model with its head, whose base model `prompted` has.
-        prompted: prompts and adapters.
-        prompt_ids: as of `PromptModel.forward`, one a text.
+        backbone: a causal language model of a supported family, with its head. Its layers get a fused forward and stay.
+        prompt_inputs: the prompts, made in evaluation mode; their index is of one number a text.
         inputs: of transformers' generate. Padding may stand on the left, as it wants it.
 
     Raises:
-        ValueError: the model does not generate or has another base model, prompt_ids that do not fit, or an argument of
+        ValueError, IndexError: the model does not generate, prompts that do not fit it or the texts, or an argument of
             `PromptModel.forward` that generate has no place for.
     """
-    if not prompted._packed.geometry.is_causal or model.get_output_embeddings() is None:
-        raise ValueError(f"generate needs a causal language model with its head, got {type(model).__name__}")
-    if "shared_prefix_ids" in inputs:
+    packed = PackedBackbone(backbone)
+    if not packed.is_causal_lm:
+        raise ValueError(f"generate needs a causal language model with its head, got {type(backbone).__name__}")
+    if "shared_prefix_ids" in inputs or prompt_inputs.shared_ids is not None:
         raise ValueError("shared_prefix_ids must not be given to generate: put that text before each input")
-    base = prompted._packed.base
-    if model.base_model is not base:
-        raise ValueError(f"model must have the base model of the prompts as its own, got another {type(base).__name__}")
-    with _evaluating(model, prompted):
-        bank = prompted._bank(prompt_ids)
-        index, prefix = bank["prompt_index"], bank.get("prefix")
-        texts = next((len(inputs[name]) for name in _TEXTS if inputs.get(name) is not None), 1)
-        if index is not None and index.shape != (texts,):
-            raise ValueError(f"prompt_ids must be ({texts},), one a text, got {tuple(index.shape)}")
-        if prefix is None:
-            prefix = _of_rows(base, bank["prompt"], prompted.adapters)
+    packed.check_prompts(prompt_inputs)
+    texts = next((len(inputs[name]) for name in _TEXTS if inputs.get(name) is not None), 1)
+    index, base, adapters = prompt_inputs.index, packed.base, prompt_inputs.adapters
+    if index is not None and index.shape != (texts,):
+        raise ValueError(f"prompt_ids must be ({texts},), one a text, got {index.shape}")
+    with evaluating(backbone):
+        prefix = prompt_inputs.prefix
+        if prompt_inputs.prompt is not None:
+            prefix = _of_rows(base, prompt_inputs)
+        if index is not None:
+            index = torch.tensor(index, device=base.get_input_embeddings().weight.device)
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -56,19 +53,19 @@ def generate(model: nn.Module, prompted: "PromptModel", prompt_ids: Tensor | Seq
                 positions = _positions(
                     ids.shape[1], kwargs.get("attention_mask"), kwargs.get("past_key_values"), ids.device
                 )
-            own = GenerationPass(prefix, index, positions, prompted.config.prefix_in_window, prompted.adapters)
-            return args, kwargs | {"position_ids": positions + prompted.position_offset, "fastprompt_pass": own}
+            own = GenerationPass(prefix, index, positions, prompt_inputs.prefix_in_window, adapters)
+            return args, kwargs | {"position_ids": positions + prompt_inputs.position_offset, "fastprompt_pass": own}
 
         hook = base.register_forward_pre_hook(enter, with_kwargs=True)
         try:
             # What transformers compiles it keeps, for calls without this hook as well.
-            return model.generate(**inputs | {"disable_compile": True})
+            return backbone.generate(**inputs | {"disable_compile": True})
         finally:
             hook.remove()
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """No dropout, and no gradient checkpointing, which keeps no cache."""
     training = [module for model in models for module in model.modules() if module.training]
     try:
@@ -80,11 +77,11 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _of_rows(base: nn.Module, rows: Tensor, adapters: nn.ModuleList | None) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values that prompt rows (N, P, E) have in each layer: no text comes before them."""
+def _of_rows(base: nn.Module, prompt_inputs: PromptInputs) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values that the prompts' rows (N, P, E) have in each layer: no text comes before them."""
     cache = DynamicCache()  # plain layers: a sliding one would cut the prompt
-    own = GenerationPass({}, None, None, False, adapters)
-    rows = rows.to(base.get_input_embeddings().weight.dtype)
+    own = GenerationPass({}, None, None, False, prompt_inputs.adapters)
+    rows = prompt_inputs.prompt.to(base.get_input_embeddings().weight.dtype)
     base(inputs_embeds=rows, past_key_values=cache, fastprompt_pass=own)
     return {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
 

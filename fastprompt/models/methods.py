@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from fastprompt._extras import require
 
 from .config import PromptConfig
-from .packed.backbone import PackedBackbone
+from .packed import PackedBackbone
 from .prompt_model import PromptModel
 
 METHODS = ("head", "full", "lora", "prompt", "prefix")
@@ -46,11 +46,9 @@ class AdaptedBackbone(nn.Module):
         backbone.requires_grad_(method == "full")
         if prompt is not None:
             self.prompted = PromptModel(backbone, prompt)
-            self.layers = self.prompted._packed.layers
-        else:
-            if method == "lora":
-                _add_lora(backbone, lora_rank)
-            self.layers = PackedBackbone(backbone).layers
+        elif method == "lora":
+            _add_lora(backbone, lora_rank)
+        self.layers = PackedBackbone(backbone, fused=prompt is not None).layers
         if not 0 <= top_layers <= len(self.layers):
             raise ValueError(f"top_layers must be in [0, {len(self.layers)}], the backbone's, got {top_layers}")
         for module in backbone.modules():

@@ -7,7 +7,7 @@ from fastprompt.nn import LSTMEncoder, MLPEncoder, Prefix, PrefixEncoder, Prompt
 from fastprompt.nn.prompts import join_prefix
 
 from .config import PromptConfig
-from .packed.backbone import PackedBackbone
+from .packed import PackedBackbone
 
 
 def new_prompt(config: PromptConfig, packed: PackedBackbone) -> Prompt | Prefix:

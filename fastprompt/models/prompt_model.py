@@ -1,28 +1,18 @@
 """PromptModel: a frozen transformers model with a trained prompt."""
 
-import copy
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastprompt.nn import Prefix, Prompt
-
-from . import checkpoint
-from .bottleneck import Adapters
+from .bank import PromptBank
 from .config import PromptConfig
-from .generation import generate
-from .packed import layout
-from .packed.backbone import PackedBackbone, computed_in
-from .packed.layout import Packing
-from .prompt_init import chosen_layers, new_prompt
-
-DEFAULT = "default"  # PEFT's name of a first adapter
+from .generation import evaluating, generate
+from .packed import PackedBackbone, Packing
+from .prompt_init import chosen_layers
 
 
-class PromptModel(nn.Module):
+class PromptModel(PromptBank):
     """A frozen backbone with a trained prompt, run packed.
 
     It takes the backbone's own inputs and returns the backbone's own outputs, of the original length: prompt rows never
@@ -49,7 +39,6 @@ class PromptModel(nn.Module):
     """
 
     def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
-        super().__init__()
         packed = PackedBackbone(backbone)
         chosen_layers(config, packed.geometry.layers)
         table = packed.geometry.positions
@@ -58,14 +47,7 @@ class PromptModel(nn.Module):
                 f"num_virtual_tokens must leave room for text in the position table of {table} rows, "
                 f"got {config.num_virtual_tokens}"
             )
-        self.config, self.backbone = config, backbone
-        freeze(backbone)
-        self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-        self.prompt = new_prompt(config, packed)
-        self.other_prompts = nn.ModuleDict()
-        self.adapters = None
-        if config.adapter_size is not None:
-            self.adapters = Adapters(packed, config.adapter_size).to(self.prompt.weight)
+        super().__init__(backbone, config)
 
     def __new__(cls, backbone: nn.Module | None = None, *args, **kwargs) -> "PromptModel":
         spans = "QuestionAnswering" in type(backbone).__name__
@@ -127,20 +109,12 @@ class PromptModel(nn.Module):
         inputs |= {name: value for name, value in stock.items() if value is not None}
         packed, ids = self._packed, self._numbers(prompt_ids)
         packing, read_ids = packed.pack(inputs, labels, ids if isinstance(ids, Tensor) else None)
-        bank, index = self._prompts(ids if read_ids is None else read_ids)
         output = packed(
-            inputs,
-            packing,
-            **bank,
-            prompt_index=index,
-            position_offset=self.position_offset,
-            prefix_in_window=self.config.prefix_in_window,
+            *(inputs, packing, self.prompt_inputs(ids if read_ids is None else read_ids, shared_prefix_ids)),
             labels=labels,
             all_logits=return_logits or not self.training or labels is None,
-            shared_ids=shared_prefix_ids,
             label_smoothing=label_smoothing,
             start=None if lower_states is None else (self.first_layer, lower_states),
-            adapters=self.adapters,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -159,44 +133,8 @@ class PromptModel(nn.Module):
                 shared_prefix_ids is given.
             IndexError: a value of prompt_ids out of range.
         """
-        return generate(self.backbone, self, prompt_ids, **inputs)
-
-    def _bank(self, prompt_ids: Tensor | Sequence[str | int] | None) -> dict:
-        """As `_prompts`, for `generate`."""
-        ids = self._numbers(prompt_ids)
-        bank, index = self._prompts(layout.read({"": ids})[""] if isinstance(ids, Tensor) else ids)
-        return bank | {"prompt_index": None if index is None else torch.tensor(index, device=self.prompt.weight.device)}
-
-    def _prompts(self, ids: np.ndarray | None) -> tuple[dict, np.ndarray | None]:
-        """What a packed pass takes of the prompts: those that a batch reads, and which of them each sample reads."""
-        names, index = self.prompt_names, None
-        used = names[:1]
-        if ids is not None:
-            found, index = np.unique(ids, return_inverse=True)
-            index, found = index.reshape(ids.shape), found.tolist()
-            if found and not 0 <= found[0] <= found[-1] < len(names):
-                wrong = found[0] if found[0] < 0 else found[-1]
-                raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {wrong}")
-            used = [names[i] for i in found]
-        rows = [self._entry(name).rows().unsqueeze(0) for name in used]
-        rows = rows[0] if len(rows) == 1 else torch.cat(rows)
-        # It is kept in float32 where the backbone runs in less: brought to that once, not layer by layer.
-        rows = rows.to(computed_in(self.backbone.get_input_embeddings().weight))
-        bank = rows if self.config.kind == "prompt" else self.prompt.split(rows)
-        return {self.config.kind: bank}, index
-
-    def _numbers(self, prompt_ids: Tensor | Sequence[str | int] | None) -> Tensor | np.ndarray | None:
-        """The numbers of names; a tensor is still to be read."""
-        if prompt_ids is None or isinstance(prompt_ids, Tensor):
-            if prompt_ids is not None and prompt_ids.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"prompt_ids must be torch.int32 or torch.int64, got {prompt_ids.dtype}")
-            return prompt_ids
-        names = self.prompt_names
-        unknown = [prompt_ids] if isinstance(prompt_ids, str) else [n for n in prompt_ids if n not in names]
-        unknown = [n for n in unknown if type(n) is not int]
-        if unknown:
-            raise ValueError(f"prompt_ids must be a list of names in {names}, or a tensor, got {unknown[0]!r}")
-        return np.array([n if type(n) is int else names.index(n) for n in prompt_ids], dtype=np.int64)
+        with torch.no_grad(), evaluating(self):
+            return generate(self.backbone, self.prompt_inputs(prompt_ids), **inputs)
 
     def lower_states(self, **inputs) -> Tensor:
         """The (T, D) hidden states of the batch's T tokens that enter `first_layer`, sentence after sentence.
@@ -227,75 +165,7 @@ class PromptModel(nn.Module):
         """As the backbone's own; the older name."""
         self.backbone.gradient_checkpointing_enable(*args, **kwargs)
 
-    # -- the bank ------------------------------------------------------------------------------------------------
-
-    @property
-    def prompt_names(self) -> tuple[str, ...]:
-        """The prompts; their order gives the ids."""
-        return DEFAULT, *self.other_prompts
-
-    def _entry(self, name: str) -> Prompt | Prefix:
-        if name not in self.prompt_names:
-            raise ValueError(f"name must be one of {self.prompt_names}, got {name!r}")
-        return self.prompt if name == DEFAULT else self.other_prompts[name]
-
-    def add_prompt(self, name: str, init_from: str | None = None) -> None:
-        """Add a prompt, which trains, at the end of the bank.
-
-        Args:
-            name: new, not empty, without ".", "/" and "\\"; it is also the name of a folder.
-            init_from: the prompt it begins as a copy of; None: it begins as the configuration says.
-
-        Raises:
-            ValueError: a name that does not fit.
-        """
-        self._check_new(name)
-        prompt = new_prompt(self.config, self._packed) if init_from is None else copy.deepcopy(self._entry(init_from))
-        self.other_prompts[name] = prompt.train(self.training).requires_grad_(True)
-
-    def drop_prompt(self, name: str) -> None:
-        """Take a prompt other than the default out of the bank: the ids of later ones go down by one."""
-        if name == DEFAULT:
-            raise ValueError(f"name must not be {DEFAULT!r}: a model keeps its first prompt")
-        self._entry(name)
-        del self.other_prompts[name]
-
-    def freeze_prompt(self, name: str) -> None:
-        """Leave a prompt as it is from now on: it is read and gets no gradient."""
-        self._entry(name).requires_grad_(False)
-
-    def save_prompt(self, name: str, directory: str | Path) -> None:
-        """Write one prompt as `save_pretrained` writes a model that has no other."""
-        checkpoint.save(self, self._entry(name), Path(directory))
-
-    def load_prompt(self, name: str, directory: str | Path, *, trainable: bool = False) -> None:
-        """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head and adapters beside it are not read.
-
-        Other weights beside it, such as rows of added tokens, must be the model's own.
-
-        Args:
-            name: as in `add_prompt`.
-            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
-            trainable: whether it goes on training; an encoder is needed for that, and is left out otherwise.
-
-        Raises:
-            FileNotFoundError, ValueError: a name that does not fit; a file that is missing or of another kind or shape.
-        """
-        self._check_new(name)
-        prompt = checkpoint.load_prompt(self, Path(directory), trainable)
-        self.other_prompts[name] = prompt.train(self.training).requires_grad_(trainable)
-
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name or set(name) & set("./\\"):
-            raise ValueError(f"name must be a string, not empty, without '.', '/' and '\\', got {name!r}")
-        if name == DEFAULT or hasattr(self.other_prompts, name):  # of a ModuleDict's entries, and its own attributes
-            raise ValueError(f"name must be new, and none that torch.nn.ModuleDict has for itself, got {name!r}")
-
     # -- what the backbone and the prompt make of a batch ----------------------------------------------------------
-
-    @property
-    def _packed(self) -> PackedBackbone:
-        return PackedBackbone(self.backbone, fused=True)
 
     @property
     def first_layer(self) -> int:
@@ -309,49 +179,10 @@ class PromptModel(nn.Module):
         return (0, rows) if self._packed.geometry.is_causal else (rows, 0)
 
     @property
-    def position_offset(self) -> int:
-        """What is added to the tokens' positions."""
-        return self.config.num_virtual_tokens if self.config.position_offset == "peft" else 0
-
-    @property
     def text_positions(self) -> int | None:
         """The longest text, in tokens, that the position table has room for beside the prompt; None: any length."""
         table = self._packed.geometry.positions
         return None if table is None else table - self.position_offset
-
-    def head(self) -> dict[str, nn.Parameter]:
-        """The parameters of a task's head, which train and are saved with the prompt, by their name in the backbone."""
-        return {name: self.backbone.get_parameter(name) for name in self._head}
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
-
-        With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains; adapters go
-        into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as adapters do in
-        PEFT; each is whole. What else of the backbone trains, was loaded with a prompt, or was added to it (as by
-        `resize_token_embeddings`) goes into PEFT's file as well.
-        """
-        directory = Path(directory)
-        for name in self.other_prompts:
-            self.save_prompt(name, directory / name)
-        checkpoint.save(self, self.prompt, directory, others=list(self.other_prompts))
-
-    @classmethod
-    def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptModel":
-        """Load what `save_pretrained`, or PEFT, wrote: of PEFT's the one adapter in the folder; see `load_prompt`.
-
-        Args:
-            backbone: the model it was trained on.
-            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
-            trainable: whether to go on training; encoders are needed for that, and are left out otherwise.
-
-        Raises:
-            FileNotFoundError, ValueError: a file is missing, of another kind, or of a shape that does not fit.
-        """
-        model = checkpoint.load(cls, backbone, Path(directory), trainable)
-        if not trainable:
-            model.requires_grad_(False)
-        return model
 
 
 class PromptModelForQuestionAnswering(PromptModel):
@@ -385,11 +216,3 @@ class PromptModelForQuestionAnswering(PromptModel):
             end_positions=end_positions,
             **inputs,
         )
-
-
-def freeze(backbone: nn.Module) -> None:
-    """No gradients for the base model and for a language-model head; a head for a task goes on training."""
-    backbone.base_model.requires_grad_(False)
-    output = backbone.get_output_embeddings()
-    if output is not None:
-        backbone.requires_grad_(False)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastprompt.models.generation import generate
+from fastprompt.models.generation import evaluating, generate
 from fastprompt.models.methods import AdaptedBackbone
 from fastprompt.ops import linear_cross_entropy
 from fastprompt.tasks.metrics import answer_scores
@@ -83,7 +83,10 @@ class GeneratedAnswers(Task):
         # Every question has an answer: what is most likely to be a line's end at once is not to end it.
         options = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": 1, "do_sample": False}
         options |= {"pad_token_id": self.tokenizer.pad_token_id or 0, "eos_token_id": ends or None}
-        found = {}
+        found, prompt_inputs = {}, None
+        if model.prompted is not None:
+            with evaluating(model.prompted):
+                prompt_inputs = model.prompted.prompt_inputs()
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
             inputs = batch_of([prompts[n] for n in chosen], next(model.parameters()).device)
@@ -91,10 +94,10 @@ class GeneratedAnswers(Task):
                 longest = rows.shape[1]
                 lengths = [len(prompts[n]) for n in chosen]
                 inputs[name] = torch.stack([row.roll(longest - n) for row, n in zip(rows, lengths, strict=True)])
-            if model.prompted is None:
+            if prompt_inputs is None:
                 written = self.model.generate(**inputs, **options)
             else:
-                written = generate(self.model, model.prompted, **inputs, **options)
+                written = generate(self.model, prompt_inputs, **inputs, **options)
             texts = self.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
             for n, text in zip(chosen, texts, strict=True):
                 found[examples[n].id] = text.strip().split("\n")[0].strip()

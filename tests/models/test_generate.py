@@ -1,12 +1,16 @@
 """PromptModel.generate: words and logits are those of the packed forward, step by step."""
 
+from dataclasses import replace
+
+import numpy as np
 import peft
 import pytest
 import torch
 from helpers import DECODERS, batch, build
 
 from fastprompt import PromptConfig, PromptModel
-from fastprompt.models import generation
+from fastprompt.models import PromptInputs
+from fastprompt.models.generation import generate as generate_with
 
 GREEDY = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
 
@@ -152,5 +156,16 @@ def test_prompts_and_models_that_do_not_fit():
     for count in (2, 8):  # neither is taken for beams
         with pytest.raises(ValueError, match=rf"prompt_ids must be \(4,\), one a text, got \({count},\)"):
             model.generate(**inputs, prompt_ids=torch.zeros(count, dtype=torch.long))
-    with pytest.raises(ValueError, match="model must have the base model of the prompts as its own"):
-        generation.generate(build("llama", "AutoModelForCausalLM", seed=1), model, **inputs)
+    backbone = build("gemma3_text", "AutoModelForCausalLM")
+    with pytest.raises(ValueError, match=r"prefix must have keys and values \(N, 1, P, 16\).* got \(1, 2, 4, 8\)"):
+        generate_with(backbone, model.prompt_inputs(), **inputs)
+    with pytest.raises(ValueError, match="prefix must be of the backbone's 2 layers"):
+        generate_with(build("llama", "AutoModelForCausalLM", num_hidden_layers=2), model.prompt_inputs(), **inputs)
+    with pytest.raises(ValueError, match=r"prompt must be \(N, P, 48\), as the backbone's, got \(1, 4, 32\)"):
+        generate_with(backbone, PromptInputs(prompt=torch.zeros(1, 4, 32)), **inputs)
+    with pytest.raises(ValueError, match="adapters must have been made for this backbone of 3 layers"):
+        adapters = prompted("llama", "prefix", adapter_size=4).adapters
+        generate_with(build("llama", "AutoModelForCausalLM"), PromptInputs(adapters=adapters), **inputs)
+    with pytest.raises(IndexError, match=r"index must be in \[0, 1\), got 0 to 1"):
+        twice = replace(model.prompt_inputs(), index=np.array([0, 1, 1, 0]))
+        generate_with(model.backbone, twice, **inputs)

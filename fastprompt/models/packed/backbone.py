@@ -11,13 +11,29 @@ from torch import Tensor, nn
 from ..families import geometry
 from . import layout
 from .attention import NAME
-from .forward import Call, StandIn
+from .forward import PackedForward
 from .head import CausalHead
+from .inputs import PromptInputs
 from .layers import fuse_layers
 from .layout import NO_LABEL, Packing
 
 # The inputs that say which tokens there are, and of which samples.
 TELLING = "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"
+
+NO_PROMPT = PromptInputs()
+
+
+class StandIn(nn.Module):
+    """In place of some layers: passes on the hidden states it is given or, if it has none, those that come first."""
+
+    def __init__(self, states: Tensor | None) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if self.states is None:
+            self.states = hidden_states
+        return self.states
 
 
 class PackedBackbone:
@@ -53,18 +69,12 @@ class PackedBackbone:
         self,
         inputs: dict,
         packing: Packing | None = None,
+        prompt_inputs: PromptInputs = NO_PROMPT,
         *,
-        prefix: dict[int, tuple[Tensor, Tensor]] | None = None,
-        prompt: Tensor | None = None,
-        prompt_index: np.ndarray | None = None,
-        shared_ids: Tensor | None = None,
-        position_offset: int = 0,
-        prefix_in_window: bool = False,
         labels: Tensor | None = None,
         all_logits: bool = True,
         label_smoothing: float = 0.0,
         start: tuple[int, Tensor] | None = None,
-        adapters: nn.ModuleList | None = None,
         pools_prompt: bool = False,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
@@ -72,41 +82,42 @@ class PackedBackbone:
         Args:
             inputs: input_ids or inputs_embeds, attention_mask, and what else the model takes, without labels.
             packing: what `pack` made of inputs and labels; None: it is made here.
-            prefix: layer index -> key and value, each (N, Hkv, P, D), a bank of N prefixes.
-            prompt: (N, P, E), a bank of N times P rows to stand before segments.
-            prompt_index: (S,) which prompt of the bank each segment reads; None: the first.
-            shared_ids: (S,) token ids of a text that all segments begin with, after the prompt; run once (causal only).
-            position_offset: added to the tokens' positions.
-            prefix_in_window: see `fastprompt.ops.prefix_attention`.
+            prompt_inputs: the prompts that the batch reads.
             labels: (B, L), for a causal language model the next-token labels; other heads are handed them as they are.
             all_logits: for a causal language model, whether the logits of all text positions are wanted.
             label_smoothing: of a causal language model's loss.
             start: a layer and the (T, D) hidden states that `lower_states` gave for it and the same inputs: embedding
                 and lower layers, which must have no prompt, are left out.
-            adapters: an `Adapters` made for this backbone, to act in this pass.
             pools_prompt: heads of encoders that read the first row read the prompt's, as in PEFT, not the text's.
+
+        Raises:
+            ValueError, IndexError: what a packed pass cannot serve, or prompts that do not fit.
         """
         if packing is None:
             packing, _ = self.pack(inputs, labels)
-        self._check_shared(shared_ids)
-        inputs = {name: value for name, value in inputs.items() if name != "packing"}
-        options = shared_ids, position_offset, prefix_in_window, adapters
-        call = Call(self, packing, prefix or {}, prompt, prompt_index, *options)
-        call.pools_prompt = pools_prompt and prompt is not None and not self.geometry.is_causal
-        layer, call.states = start or (0, None)
-        prompted = any(each is not None for each in (prompt, shared_ids, adapters))
-        if start is not None and (prompted or not 0 < layer <= min(call.prefix, default=layer)):
-            raise ValueError(f"start must be at a layer above 0 with no prompt below it, got layer {layer}")
-        if start is not None and inputs.get("output_hidden_states"):
-            raise ValueError(f"output_hidden_states must not be set with a start at layer {layer}: none below it runs")
-        with self._stand_in(range(layer), call.states):
-            if self.is_causal_lm:
-                items = inputs.pop("num_items_in_batch", None)
-                call.head = CausalHead(self.model, labels, all_logits, label_smoothing, items)
-                return call.head.output(call.run(inputs), len(packing.index), call.padded)
-            if label_smoothing:
-                raise ValueError(f"label_smoothing is for causal language models here, got {label_smoothing}")
-            return call.run(inputs if labels is None else inputs | {"labels": labels})
+        self.check_prompts(prompt_inputs)
+        self._check_segments(packing, prompt_inputs)
+        inputs, head = {name: value for name, value in inputs.items() if name != "packing"}, None
+        layer, states = start or (0, None)
+        if start is not None:
+            self._check_start(layer, inputs, prompt_inputs)
+        if self.is_causal_lm:
+            items = inputs.pop("num_items_in_batch", None)
+            head = CausalHead(self.model, labels, all_logits, label_smoothing, items)
+        elif label_smoothing:
+            raise ValueError(f"label_smoothing is for causal language models here, got {label_smoothing}")
+        elif labels is not None:
+            inputs["labels"] = labels
+        pools_prompt = pools_prompt and prompt_inputs.prompt is not None and not self.geometry.is_causal
+        forward = PackedForward(
+            *(self.base, self.geometry, packing, prompt_inputs),
+            head=head,
+            states=states,
+            replaces_first=self.pools_first_row and (packing.left_padded or pools_prompt),
+            pools_prompt=pools_prompt,
+        )
+        with self._stand_in(range(layer), states):
+            return forward.run(self.model, inputs)
 
     def pack(
         self, inputs: dict, labels: Tensor | None = None, prompt_ids: Tensor | None = None
@@ -143,10 +154,11 @@ class PackedBackbone:
     def lower_states(self, inputs: dict, layer: int, position_offset: int = 0) -> Tensor:
         """The (T, D) hidden states that enter a layer below which there is no prompt, sentence after sentence."""
         packing, _ = self.pack(inputs)
+        prompt_inputs = PromptInputs(position_offset=position_offset)
+        self._check_segments(packing, prompt_inputs)
         inputs = {name: value for name, value in inputs.items() if name != "packing"}
-        call = Call(self, packing, {}, None, None, None, position_offset, False, None)
         with self._stand_in(range(layer, self.geometry.layers)) as stand:
-            call.run(inputs, self.base)
+            PackedForward(self.base, self.geometry, packing, prompt_inputs).run(self.base, inputs)
         return stand.states.squeeze(0)
 
     @property
@@ -226,15 +238,29 @@ class PackedBackbone:
             if inputs.get(name) is not None:
                 raise ValueError(f"{name} must not be given with packing, which says which tokens there are")
 
-    def _check_shared(self, shared_ids: Tensor | None) -> None:
-        if shared_ids is None:
-            return
-        if not self.geometry.is_causal:
+    def check_prompts(self, prompt_inputs: PromptInputs) -> None:
+        """Raise a ValueError or an IndexError for prompts that do not fit this backbone."""
+        prompt_inputs.check(self.geometry)
+        if prompt_inputs.adapters is not None:
+            prompt_inputs.adapters.check(self.layers, self.geometry)
+
+    def _check_segments(self, packing: Packing, prompt_inputs: PromptInputs) -> None:
+        index = prompt_inputs.index
+        if packing.came_packed and self.one_result_a_row:
             raise ValueError(
-                "shared_prefix_ids is for causal models: where rows see later ones, each sentence has rows of its own"
+                "samples that share a row are not for a head with one result a row, "
+                f"{type(self.model).__name__}: give each a row of its own, padded"
             )
-        if shared_ids.ndim != 1 or len(shared_ids) == 0:
-            raise ValueError(f"shared_prefix_ids must be (S,) with S at least 1, got {tuple(shared_ids.shape)}")
+        if index is not None and index.shape != (packing.segments,):
+            raise ValueError(f"prompt_ids must be ({packing.segments},), one a sentence, got {index.shape}")
+
+    @staticmethod
+    def _check_start(layer: int, inputs: dict, prompt_inputs: PromptInputs) -> None:
+        prompted = any(x is not None for x in (prompt_inputs.prompt, prompt_inputs.shared_ids, prompt_inputs.adapters))
+        if prompted or not 0 < layer <= min(prompt_inputs.prefix, default=layer):
+            raise ValueError(f"start must be at a layer above 0 with no prompt below it, got layer {layer}")
+        if inputs.get("output_hidden_states"):
+            raise ValueError(f"output_hidden_states must not be set with a start at layer {layer}: none below it runs")
 
 
 def _check_values(values: dict[str, np.ndarray]) -> None:

@@ -1,25 +1,21 @@
-"""One call of a PackedBackbone: what stands in for its base model's own forward."""
+"""One packed forward: what stands in for the base model's own while a model runs."""
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastprompt.ops import pack_prompt
 
+from ..families import Geometry
 from . import layout
 from .head import CausalHead
-from .layout import Packing, to_device
+from .inputs import PromptInputs
+from .layout import Packing, Plan
 from .passes import PackedPass
-
-if TYPE_CHECKING:
-    from .backbone import PackedBackbone
 
 # The stock arguments that a packed pass replaces. What else a head hands to its base model is passed on.
 _REPLACED = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "past_key_values")
@@ -28,267 +24,194 @@ _SAMPLES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "s
 _SCALES = WeakIdKeyDictionary()  # of embeddings, by the tensor and the dtype of what is scaled: read once for all steps
 
 
-class Call:
-    """What goes into the base model and what comes out of it share this.
+class PackedForward:
+    """A batch and its prompts, ready to run: all that it holds is set here, and nothing changes later.
 
-    What a step needs of a batch beside its tensors (places, positions, bounds) is made on the host, where the packing
-    is, and brought to the device at once: the plan, by the names in `_planned`.
+    Args:
+        base: the base model whose forward is stood in for.
+        geometry: of it.
+        packing: the batch.
+        prompt_inputs: its prompts.
+        head: of a causal language model; None: other heads are handed hidden states as they expect them.
+        states: (T, D) to start from, above the embedding; None: it starts at the batch's tokens.
+        replaces_first: the head reads the first column, and is to find the row there that stands for the sentence.
+        pools_prompt: that row is the prompt's first, not the text's.
+
+    Raises:
+        ValueError: positions that the backbone does not have, or states of another number of tokens.
     """
 
     def __init__(
         self,
-        owner: "PackedBackbone",
+        base: nn.Module,
+        geometry: Geometry,
         packing: Packing,
-        prefix: dict[int, tuple[Tensor, Tensor]],
-        prompt: Tensor | None,
-        prompt_index: np.ndarray | None,
-        shared_ids: Tensor | None,
-        position_offset: int,
-        prefix_in_window: bool,
-        adapters: nn.ModuleList | None,
+        prompt_inputs: PromptInputs,
+        *,
+        head: CausalHead | None = None,
+        states: Tensor | None = None,
+        replaces_first: bool = False,
+        pools_prompt: bool = False,
     ) -> None:
-        self.owner, self.packing, self.prefix, self.prompt = owner, packing, prefix, prompt
-        self.prompt_index, self.shared_ids = prompt_index, shared_ids
-        self.position_offset, self.prefix_in_window, self.adapters = position_offset, prefix_in_window, adapters
-        self.head: CausalHead | None = None
-        self.states: Tensor | None = None  # (T, D) to start from above the embedding
-        self.pools_prompt = False
+        if states is not None and len(states) != len(packing.index):
+            raise ValueError(f"start must have the batch's {len(packing.index)} rows, got {len(states)}")
+        self.base, self.geometry, self.packing, self.prompt_inputs = base, geometry, packing, prompt_inputs
+        self.head, self.states, self.replaces_first = head, states, replaces_first
+        self.pooler = getattr(base, "pooler", None)
+        self.prompt_rows = rows = prompt_inputs.rows(geometry.is_causal)
+        index, pools = prompt_inputs.index, None
+        if self.pooler is not None or replaces_first:
+            pools = "prompt" if pools_prompt else "text"
+        of_head = {} if head is None else head.planned(packing, rows.leading, index)
+        self.plan = Plan.of(packing, rows, geometry, index, pools, of_head)
 
-    def run(self, inputs: dict, model: nn.Module | None = None):
+    def run(self, model: nn.Module, inputs: dict):
+        """The output of `model`, which has the base model, for its own keyword arguments, padded."""
         # Not hooks: replicas of a model share the dictionaries that hooks are kept in, and run at the same time.
-        base = self.owner.base
+        base, head = self.base, self.head
         forward, own = base.forward, base.__dict__.get("forward")
-        base.forward = lambda *args, **kwargs: self.unpack(base, forward(**self.pack(args, kwargs)))
+        plan = head_rows = None
+
+        def packed_forward(*args, **kwargs):
+            nonlocal plan, head_rows
+            stock, others = self._sorted(args, kwargs)
+            plan = self.plan.to(_batch_of(stock).device)
+            output = forward(**others, **self._pack(stock, plan))
+            hidden = output.last_hidden_state  # (1, R, D)
+            self._unpack(output, plan)
+            if head is not None:
+                head_rows = head.rows(hidden, self._tokens(hidden, plan), plan)
+                output.last_hidden_state = head_rows.given
+            return output
+
+        base.forward = packed_forward
         try:
-            return (self.owner.model if model is None else model)(**inputs)
+            output = model(**inputs)
         finally:
             if own is None:
                 del base.forward
             else:
                 base.forward = own
+        if head is None:
+            return output
+        return head.output(output, head_rows, len(self.packing.index), lambda logits: self._padded(logits, plan))
 
     # -- what goes into the base model ---------------------------------------------------------------------------
 
-    def pack(self, args: tuple, kwargs: dict) -> dict:
-        parameters = _parameters(type(self.owner.base).forward)
-        given = dict(zip(parameters, args, strict=False)) | kwargs
+    def _sorted(self, args: tuple, kwargs: dict) -> tuple[dict, dict]:
+        """Of what a head hands to its base model: what is replaced, and what is passed on."""
+        names = _parameters(type(self.base).forward)
+        given = dict(zip(names, args, strict=False)) | kwargs
         stock = {name: given.pop(name, None) for name in _REPLACED}
         for name in _SAMPLES:
             given.pop(name, None)
-        self._check_segments()
-        batch = stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
-        self.plan = plan = to_device(self._planned(), batch.device)
-        packed = {"position_ids": plan["positions"]}
+        if "use_cache" in names:
+            given["use_cache"] = False
+        return stock, given
+
+    def _pack(self, stock: dict, plan: Plan) -> dict:
+        """What the base model is handed in place of the stock arguments."""
+        batch, rows = _batch_of(stock), self.prompt_rows
+        packed = {"position_ids": plan.positions}
         if stock["token_type_ids"] is not None:
-            packed["token_type_ids"] = self._token_types(stock["token_type_ids"].expand(self.packing.shape))
+            packed["token_type_ids"] = self._token_types(stock["token_type_ids"].expand(self.packing.shape), plan)
         if self.states is not None:
-            if len(self.states) != len(self.packing.index):
-                raise ValueError(f"start must have the batch's {len(self.packing.index)} rows, got {len(self.states)}")
             packed["inputs_embeds"] = self.states
-        elif self._before[1]:
-            packed["inputs_embeds"] = self._embed(stock)
+        elif rows.length:
+            packed["inputs_embeds"] = self._embed(stock, plan)
         else:
-            packed["input_ids" if batch is stock["input_ids"] else "inputs_embeds"] = self._packed(batch)
+            packed["input_ids" if batch is stock["input_ids"] else "inputs_embeds"] = _packed(batch, plan)
         packed = {name: tensor.unsqueeze(0) for name, tensor in packed.items()}
         # A mask of four dimensions is taken by transformers as prepared: it builds none of its own.
         prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.device)
-        geometry, weight = self.owner.geometry, self.owner.base.get_input_embeddings().weight
-        state = PackedPass(
-            cu_seqlens=plan.get("segments_with_prompt", plan["cu_seqlens"]),
+        return packed | {"attention_mask": prepared, "fastprompt_pass": self._pass(plan)}
+
+    def _pass(self, plan: Plan) -> PackedPass:
+        geometry, given, weight = self.geometry, self.prompt_inputs, self.base.get_input_embeddings().weight
+        num_prompts, rows = self.prompt_rows.leading
+        return PackedPass(
+            cu_seqlens=plan.cu_seqlens if plan.cu_seqlens_rows is None else plan.cu_seqlens_rows,
             is_causal=geometry.is_causal,
-            prefix=self.prefix,
-            prompt_index=plan.get("prompt_index"),
-            nothing=weight.new_empty(max(self._leading[0], 1), geometry.kv_heads, 0, geometry.head_dim),
-            num_prompts=self._leading[0],
-            leading_rows=self._leading[1],
-            leading_bounds=plan.get("leading_bounds"),
-            leading_index=plan.get("leading_index"),
-            prefix_in_window=self.prefix_in_window,
-            adapters=self.adapters,
+            prefix=given.prefix,
+            prompt_index=plan.prompt_index,
+            nothing=weight.new_empty(max(num_prompts, 1), geometry.kv_heads, 0, geometry.head_dim),
+            num_prompts=num_prompts,
+            leading_rows=rows,
+            leading_bounds=plan.leading_bounds,
+            leading_index=plan.leading_index,
+            prefix_in_window=given.prefix_in_window,
+            adapters=given.adapters,
         )
-        if "use_cache" in parameters:
-            given["use_cache"] = False
-        return given | packed | {"attention_mask": prepared, "fastprompt_pass": state}
 
-    def _planned(self) -> dict[str, np.ndarray]:
-        packing, (num_prompts, rows) = self.packing, self._before
-        positions = self._positions() + (self.position_offset + self._shared_rows)
-        planned = {"cu_seqlens": packing.cu_seqlens}
-        if not packing.in_place:
-            planned["index"] = packing.index
-        if self.prompt_index is not None:
-            planned["prompt_index"] = self.prompt_index
-        first = self.owner.geometry.first_position
-        if self._leading[1]:  # they stand once before all segments, at the positions before the text's
-            last = self.position_offset + self._shared_rows + first
-            positions = np.concatenate([np.tile(np.arange(last - rows, last), num_prompts), positions])
-            if num_prompts > 1 or self.prefix:
-                planned["leading_bounds"] = np.arange(0, num_prompts * rows + 1, rows, dtype=np.int32)
-                planned["leading_index"] = np.arange(num_prompts)
-        elif rows:  # in every segment, at positions 0..P-1
-            begins = packing.cu_seqlens + rows * np.arange(packing.segments + 1)
-            token_rows = np.arange(len(packing.index)) + (packing.segment + 1) * rows
-            whole = np.empty(begins[-1], dtype=np.int64)
-            whole[begins[:-1, None] + np.arange(rows)] = np.arange(rows) + first
-            whole[token_rows] = positions
-            positions = whole
-            planned |= {"segments_with_prompt": begins.astype(np.int32), "token_rows": token_rows}
-        planned["positions"] = positions
-        pools = getattr(self.owner.base, "pooler", None) is not None
-        if pools or self._replaces_first:
-            firsts = packing.first_rows
-            if self.pools_prompt:
-                firsts = begins[:-1].astype(np.int64)
-            elif rows and not self._leading[1]:
-                firsts = token_rows[firsts]
-            else:
-                firsts = firsts + num_prompts * rows
-            planned["firsts"] = firsts
-        if self.head is not None:
-            planned |= self.head.planned(packing, self._leading, self.prompt_index)
-        return planned
-
-    @property
-    def _shared_rows(self) -> int:
-        return 0 if self.shared_ids is None else len(self.shared_ids)
-
-    @property
-    def _before(self) -> tuple[int, int]:
-        """Prompts, and rows of each, that stand before the text: once, or those of one in every segment."""
-        if self.prompt is not None:
-            return self.prompt.shape[0], self.prompt.shape[1] + self._shared_rows
-        if self.shared_ids is None:
-            return 0, 0
-        # Prefixes of a bank hold different keys in every layer: each has the text's rows to itself.
-        prefix = next(iter(self.prefix.values()), None)
-        return 1 if prefix is None else len(prefix[0]), self._shared_rows
-
-    @property
-    def _leading(self) -> tuple[int, int]:
-        """Prompts, and rows of each, that stand once before all segments."""
-        return self._before if self.owner.geometry.is_causal else (0, 0)
-
-    @property
-    def _replaces_first(self) -> bool:
-        """Heads that read the first column are to find there what it does not hold."""
-        return self.owner.pools_first_row and (self.packing.left_padded or self.pools_prompt)
-
-    def _positions(self) -> np.ndarray:
-        """(T,) the tokens' positions as the backbone counts them, without a prompt."""
-        packing, geometry = self.packing, self.owner.geometry
-        first, longest, positions = geometry.first_position, packing.longest, packing.position_ids
-        if positions is None or not len(positions):
-            positions = packing.positions + first
-        else:
-            if first:  # a table with an offset: positions may be counted with it, or from 0 as collators do
-                begins = positions[packing.positions == 0]
-                if (begins == 0).all():
-                    positions = positions + first
-                elif not (begins == first).all():
-                    raise ValueError(
-                        f"position_ids must begin every sample at {first}, as the backbone's own do, or every one at "
-                        f"0, got {sorted(set(begins.tolist()))}"
-                    )
-            longest = positions.max() + 1 - first
-            if geometry.positions is not None and positions.min() < 0:
-                raise ValueError(f"position_ids must not be negative, got {positions.min()}")
-        table = geometry.positions
-        if table is not None and longest + self.position_offset > table:
-            raise ValueError(
-                f"input_ids must have at most {table - self.position_offset} tokens a sentence: the position table has "
-                f"{table} rows and the prompt takes {self.position_offset}, got {longest}"
-            )
-        return positions
-
-    def _check_segments(self) -> None:
-        segments = self.packing.segments
-        if self.packing.came_packed and self.owner.one_result_a_row:
-            raise ValueError(
-                "samples that share a row are not for a head with one result a row, "
-                f"{type(self.owner.model).__name__}: give each a row of its own, padded"
-            )
-        if self.prompt_index is not None and self.prompt_index.shape != (segments,):
-            raise ValueError(f"prompt_ids must be ({segments},), one a sentence, got {self.prompt_index.shape}")
-
-    def _packed(self, batch: Tensor) -> Tensor:
-        """(B, L, ...) -> (T, ...)."""
-        flat = batch.flatten(0, 1)
-        return flat if self.packing.in_place else flat.index_select(0, self.plan["index"])
-
-    def _token_types(self, types: Tensor) -> Tensor:
+    def _token_types(self, types: Tensor, plan: Plan) -> Tensor:
         """(R,), 0 for prompt rows."""
-        types = self._packed(types)
-        if not self._before[1]:
+        types = _packed(types, plan)
+        if not self.prompt_rows.length:
             return types
-        return types.new_zeros(len(self.plan["positions"])).index_copy(0, self.plan["token_rows"], types)
+        return types.new_zeros(len(plan.positions)).index_copy(0, plan.token_rows, types)
 
-    def _embed(self, stock: dict) -> Tensor:
+    def _embed(self, stock: dict, plan: Plan) -> Tensor:
         """(R, E): the prompt rows and the embeddings of the tokens."""
-        embedding = self.owner.base.get_input_embeddings()
+        embedding, given = self.base.get_input_embeddings(), self.prompt_inputs
         if stock["input_ids"] is not None:
-            table, ids, scale = embedding.weight, self._packed(stock["input_ids"]), _scale(embedding)
+            table, ids, scale = embedding.weight, _packed(stock["input_ids"], plan), _scale(embedding)
         else:
-            table, ids, scale = stock["inputs_embeds"].flatten(0, 1), self.plan.get("index"), 1.0
+            table, ids, scale = stock["inputs_embeds"].flatten(0, 1), plan.index, 1.0
             ids = torch.arange(len(table), device=table.device) if ids is None else ids
-        rows = None if self.prompt is None else self.prompt.to(table.dtype)  # (N, P, E)
-        if self._shared_rows:
-            shared = embedding(self.shared_ids).to(table.dtype).expand(self._before[0], -1, -1)
+        rows = None if given.prompt is None else given.prompt.to(table.dtype)  # (N, P, E)
+        if given.shared_ids is not None:
+            shared = embedding(given.shared_ids).to(table.dtype).expand(self.prompt_rows.num_prompts, -1, -1)
             rows = shared if rows is None else torch.cat([rows, shared], 1)
         return pack_prompt(
-            *(table, ids, self.plan["cu_seqlens"], rows),
-            prompt_index=self.plan.get("prompt_index"),
-            per_segment=not self.owner.geometry.is_causal,
+            *(table, ids, plan.cu_seqlens, rows),
+            prompt_index=plan.prompt_index,
+            per_segment=not self.geometry.is_causal,
             scale=scale,
         )
 
     # -- what comes out of it ------------------------------------------------------------------------------------
 
-    def unpack(self, base: nn.Module, output):
+    def _unpack(self, output, plan: Plan) -> None:
+        """Make of the base model's packed output what a head expects; a causal head's rows are picked elsewhere."""
         hidden = output.last_hidden_state  # (1, R, D)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(self.padded(self._tokens(state)) for state in output.hidden_states)
-        pooler = getattr(base, "pooler", None)
-        if pooler is not None:
-            # It reads the first column, which left padding leaves empty: hand it each segment's first row.
-            output.pooler_output = pooler(self._firsts(hidden).unsqueeze(1))
+            output.hidden_states = tuple(self._padded(self._tokens(x, plan), plan) for x in output.hidden_states)
+        # The row that stands for each segment where one is pooled, (S, D).
+        firsts = None if plan.first_rows is None else hidden[0].index_select(0, plan.first_rows)
+        if self.pooler is not None:
+            # It reads the first column, which left padding leaves empty.
+            output.pooler_output = self.pooler(firsts.unsqueeze(1))
         if self.head is not None:
-            output.last_hidden_state = self.head.rows(hidden, self._tokens(hidden), self.plan)
-            return output
-        padded = self.padded(self._tokens(hidden))  # (B, L, D)
-        if self._replaces_first and padded.shape[1]:
-            padded[:, 0] = self._firsts(hidden)  # such heads without a pooler read the first column themselves
+            return
+        padded = self._padded(self._tokens(hidden, plan), plan)  # (B, L, D)
+        if self.replaces_first and padded.shape[1]:
+            padded[:, 0] = firsts  # such heads without a pooler read the first column themselves
         output.last_hidden_state = padded
-        return output
 
-    def padded(self, packed: Tensor) -> Tensor:
+    def _padded(self, packed: Tensor, plan: Plan) -> Tensor:
         """(T, ...) -> (B, L, ...), zero where the batch is padded."""
         shape = self.packing.shape
-        if not self.packing.in_place:
+        if plan.index is not None:
             padded = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
-            packed = padded.index_copy(0, self.plan["index"], packed)
+            packed = padded.index_copy(0, plan.index, packed)
         return packed.unflatten(0, shape)
 
-    def _firsts(self, hidden: Tensor) -> Tensor:
-        """(1, R, D) -> (S, D): the row that stands for each segment where one is pooled."""
-        return hidden[0].index_select(0, self.plan["firsts"])
-
-    def _tokens(self, hidden: Tensor) -> Tensor:
+    def _tokens(self, hidden: Tensor, plan: Plan) -> Tensor:
         """(1, R, D) -> (T, D), without prompt rows."""
-        rows = self.plan.get("token_rows")
-        return hidden[0, math.prod(self._leading) :] if rows is None else hidden[0].index_select(0, rows)
+        num_prompts, rows = self.prompt_rows.leading
+        return (
+            hidden[0, num_prompts * rows :] if plan.token_rows is None else hidden[0].index_select(0, plan.token_rows)
+        )
 
 
-class StandIn(nn.Module):
-    """In place of some layers: passes on the hidden states it is given or, if it has none, those that come first."""
+def _batch_of(stock: dict) -> Tensor:
+    return stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
 
-    def __init__(self, states: Tensor | None) -> None:
-        super().__init__()
-        self.states = states
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if self.states is None:
-            self.states = hidden_states
-        return self.states
+def _packed(batch: Tensor, plan: Plan) -> Tensor:
+    """(B, L, ...) -> (T, ...)."""
+    flat = batch.flatten(0, 1)
+    return flat if plan.index is None else flat.index_select(0, plan.index)
 
 
 @cache

@@ -1,6 +1,7 @@
 """The head of a causal language model in a packed pass: logits, and the loss, where they are wanted."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,24 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from fastprompt.ops import linear_cross_entropy
 from fastprompt.ops._checks import check_targets
 
-from .layout import Packing
+from .layout import Packing, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """What a pass hands to the head, and what the loss needs of it beside the head's output.
+
+    Attributes:
+        given: (1, R', D), to the head.
+        targets: (M,), the labels that something predicts; None without labels.
+        predictors: (M,), the rows that predict them, among those given.
+        states: (M, D), those rows, where the head is given none.
+    """
+
+    given: Tensor
+    targets: Tensor | None = None
+    predictors: Tensor | None = None
+    states: Tensor | None = None
 
 
 class CausalHead:
@@ -46,7 +64,7 @@ class CausalHead:
     def planned(
         self, packing: Packing, leading: tuple[int, int], prompt_index: np.ndarray | None
     ) -> dict[str, np.ndarray]:
-        """For a plan: of the labels that something predicts, their places in the batch and their predictors' rows.
+        """For a `Plan`: of the labels that something predicts, their places in the batch and their predictors' rows.
 
         A segment's first token is predicted by the last row of its leading prompt, as in PEFT; without one, by nothing.
 
@@ -68,50 +86,50 @@ class CausalHead:
             predictors, ends = np.where(first, (own + 1) * rows - 1, num_prompts * rows + labelled - 1), {}
         return {"targets": packing.index[labelled], "predictors": predictors.astype(np.int64)} | ends
 
-    def rows(self, hidden: Tensor, text: Tensor, plan: dict[str, Tensor]) -> Tensor:
-        """The rows (1, R', D) that the head is given of hidden (1, R, D), whose text (T, D) is, by what was planned."""
+    def rows(self, hidden: Tensor, text: Tensor, plan: Plan) -> HeadRows:
+        """What is handed over of hidden (1, R, D), whose text (T, D) is, by what was planned."""
         if self.labels is None:
-            return text.unsqueeze(0)
-        self.targets = self.labels.flatten().index_select(0, plan["targets"])
-        self.predictors = plan["predictors"]
+            return HeadRows(text.unsqueeze(0))
+        targets, predictors = self.labels.flatten().index_select(0, plan.targets), plan.predictors
         if self.all_logits:
-            ends = plan.get("ends")
-            return (text if ends is None else torch.cat([hidden[0].index_select(0, ends), text])).unsqueeze(0)
-        predicting = hidden[0].index_select(0, self.predictors)
+            given = text if plan.ends is None else torch.cat([hidden[0].index_select(0, plan.ends), text])
+            return HeadRows(given.unsqueeze(0), targets, predictors)
+        predicting = hidden[0].index_select(0, predictors)
         if self.from_states:
-            self.states = predicting
-            return hidden[:, :0]
-        return predicting.unsqueeze(0)
+            return HeadRows(hidden[:, :0], targets, states=predicting)
+        return HeadRows(predicting.unsqueeze(0), targets)
 
-    def output(self, output, tokens: int, padded: Callable[[Tensor], Tensor]):
+    def output(self, output, rows: HeadRows, tokens: int, padded: Callable[[Tensor], Tensor]):
         """The model's own output class, with the loss, and logits (B, L, V) where they are wanted.
 
         Args:
+            rows: what the head was given.
             tokens: T, of the text.
             padded: (T, V) -> (B, L, V).
         """
         logits = output.logits[0]
         if self.labels is None:
             return type(output)(logits=padded(logits), hidden_states=output.hidden_states)
-        loss = self._loss(logits.index_select(0, self.predictors) if self.all_logits else logits)
+        loss = self._loss(rows, logits.index_select(0, rows.predictors) if self.all_logits else logits)
         logits = padded(logits[len(logits) - tokens :]) if self.all_logits else None
         return type(output)(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
-    def _loss(self, logits: Tensor) -> Tensor:
+    def _loss(self, rows: HeadRows, logits: Tensor) -> Tensor:
+        targets = rows.targets
         if self.from_states:
             weight = self.model.get_output_embeddings().weight
             softcap = getattr(self.model.config, "final_logit_softcapping", None)
             options = {"label_smoothing": self.label_smoothing, "softcap": softcap}
-            total = linear_cross_entropy(self.states.to(weight.dtype), weight, self.targets, **options)
+            total = linear_cross_entropy(rows.states.to(weight.dtype), weight, targets, **options)
         elif self.label_smoothing:
-            total = F.cross_entropy(logits.float(), self.targets, reduction="sum", label_smoothing=self.label_smoothing)
+            total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=self.label_smoothing)
         else:
             return self.model.loss_function(
                 logits=logits,
-                labels=self.targets,
-                shift_labels=self.targets,
+                labels=targets,
+                shift_labels=targets,
                 vocab_size=logits.shape[-1],
                 num_items_in_batch=self.items,
             )
-        items = len(self.targets) if self.items is None else self.items
+        items = len(targets) if self.items is None else self.items
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)

@@ -1,5 +1,9 @@
-"""Packing: the valid tokens of a padded batch as one row of segments. All of it happens on the host, in NumPy."""
+"""Where the rows of a packed pass stand: the valid tokens of a padded batch as one row of segments, prompts among them.
 
+All of it happens on the host, in NumPy.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops._checks import check_bounds
+
+from ..families import Geometry
 
 NO_LABEL = -100
 
@@ -127,6 +133,140 @@ class Packing:
     def in_place(self) -> bool:
         """There is no padding: the flattened batch is packed as it is."""
         return len(self.index) == self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The rows that prompts have in a packed pass, beside the tokens'.
+
+    Attributes:
+        num_prompts, length: N prompts that segments read, and rows of each; 0 and 0 without any.
+        is_leading: they stand once before all segments, as in causal models; or else each segment begins with the rows
+            of its prompt.
+        has_prefix: the prompts have prefixes as well.
+        token_offset: what is added to the tokens' positions.
+    """
+
+    num_prompts: int
+    length: int
+    is_leading: bool
+    has_prefix: bool
+    token_offset: int
+
+    @property
+    def leading(self) -> tuple[int, int]:
+        """Prompts, and rows of each, that stand once before all segments."""
+        return (self.num_prompts, self.length) if self.is_leading else (0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a pass needs of a batch beside its tensors: arrays of integers on the host, or tensors on a device.
+
+    Attributes:
+        positions: (R,) int64, of all rows.
+        cu_seqlens: (S+1,) int32 bounds of the segments among the tokens.
+        cu_seqlens_rows: the same with the prompt rows that stand in each segment; None: none do.
+        token_rows: (T,) int64, the tokens' places among the rows; None: they follow the leading prompts.
+        index: (T,) int64, the tokens' places in the flattened batch; None: it is packed as it is.
+        prompt_index: (S,) which prompt each segment reads; None: the first.
+        leading_bounds, leading_index: (N+1,) int32 and (N,), bounds and numbers of the leading prompts; None: there is
+            one at most, without a prefix.
+        first_rows: (S,) int64, the row that stands for each segment where a first one is pooled; None: none is.
+        targets, predictors, ends: what `CausalHead.planned` says.
+    """
+
+    positions: np.ndarray | Tensor
+    cu_seqlens: np.ndarray | Tensor
+    cu_seqlens_rows: np.ndarray | Tensor | None = None
+    token_rows: np.ndarray | Tensor | None = None
+    index: np.ndarray | Tensor | None = None
+    prompt_index: np.ndarray | Tensor | None = None
+    leading_bounds: np.ndarray | Tensor | None = None
+    leading_index: np.ndarray | Tensor | None = None
+    first_rows: np.ndarray | Tensor | None = None
+    targets: np.ndarray | Tensor | None = None
+    predictors: np.ndarray | Tensor | None = None
+    ends: np.ndarray | Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        packing: Packing,
+        rows: PromptRows,
+        geometry: Geometry,
+        prompt_index: np.ndarray | None = None,
+        pools: str | None = None,
+        of_head: dict[str, np.ndarray] | None = None,
+    ) -> "Plan":
+        """The plan of a batch, on the host.
+
+        Args:
+            packing: the batch.
+            rows: of prompts.
+            geometry: the backbone's.
+            prompt_index: (S,) which prompt each segment reads; None: the first.
+            pools: "text" or "prompt", whose first row stands for a segment; None: none is asked for.
+            of_head: what `CausalHead.planned` gave.
+
+        Raises:
+            ValueError: the backbone has no such positions.
+        """
+        positions = _positions(packing, geometry, rows.token_offset)
+        first, length, leading = geometry.first_position, rows.length, rows.leading
+        planned, begins, token_rows = dict(of_head or {}), packing.cu_seqlens, None
+        if leading[1]:  # at the positions before the text's
+            last = rows.token_offset + first
+            positions = np.concatenate([np.tile(np.arange(last - length, last), leading[0]), positions])
+            if rows.num_prompts > 1 or rows.has_prefix:
+                planned["leading_bounds"] = np.arange(0, rows.num_prompts * length + 1, length, dtype=np.int32)
+                planned["leading_index"] = np.arange(rows.num_prompts)
+        elif length:  # in every segment, at positions 0..P-1
+            begins = begins + length * np.arange(packing.segments + 1)
+            token_rows = np.arange(len(packing.index)) + (packing.segment + 1) * length
+            whole = np.empty(begins[-1], dtype=np.int64)
+            whole[begins[:-1, None] + np.arange(length)] = np.arange(length) + first
+            whole[token_rows] = positions
+            positions = whole
+            planned |= {"cu_seqlens_rows": begins.astype(np.int32), "token_rows": token_rows}
+        if pools == "prompt":
+            planned["first_rows"] = begins[:-1].astype(np.int64)
+        elif pools is not None:
+            firsts = packing.first_rows
+            planned["first_rows"] = firsts + math.prod(leading) if token_rows is None else token_rows[firsts]
+        index = None if packing.in_place else packing.index
+        return cls(positions, packing.cu_seqlens, index=index, prompt_index=prompt_index, **planned)
+
+    def to(self, device: torch.device) -> "Plan":
+        """The plan on a device, in one copy that the host does not wait for."""
+        return Plan(**to_device({name: array for name, array in vars(self).items() if array is not None}, device))
+
+
+def _positions(packing: Packing, geometry: Geometry, offset: int) -> np.ndarray:
+    """(T,) the tokens' positions as the backbone counts them, plus an offset."""
+    first, longest, positions = geometry.first_position, packing.longest, packing.position_ids
+    if positions is None or not len(positions):
+        positions = packing.positions + first
+    else:
+        if first:  # a table with an offset: positions may be counted with it, or from 0 as collators do
+            begins = positions[packing.positions == 0]
+            if (begins == 0).all():
+                positions = positions + first
+            elif not (begins == first).all():
+                raise ValueError(
+                    f"position_ids must begin every sample at {first}, as the backbone's own do, or every one at "
+                    f"0, got {sorted(set(begins.tolist()))}"
+                )
+        longest = positions.max() + 1 - first
+        if geometry.positions is not None and positions.min() < 0:
+            raise ValueError(f"position_ids must not be negative, got {positions.min()}")
+    table = geometry.positions
+    if table is not None and longest + offset > table:
+        raise ValueError(
+            f"input_ids must have at most {table - offset} tokens a sentence: the position table has "
+            f"{table} rows and the prompt takes {offset}, got {longest}"
+        )
+    return positions + offset
 
 
 def read(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -1,0 +1,228 @@
+"""PromptBank: the prompts of a frozen backbone, by name; what a batch reads of them, and their files."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastprompt.nn import Prefix, Prompt
+
+from . import checkpoint
+from .bottleneck import Adapters
+from .config import PromptConfig
+from .packed import PackedBackbone, PromptInputs, layout
+from .packed.backbone import computed_in
+from .prompt_init import new_prompt
+
+DEFAULT = "default"  # PEFT's name of a first adapter
+
+
+class PromptBank(nn.Module):
+    """What trains beside, and of, a backbone that is frozen: `fastprompt.PromptModel` is one that runs.
+
+    Args:
+        backbone: a transformers model of a supported family. Its parameters are frozen, in place, except those of a
+            classification or span head.
+        config: what kind of prompts.
+
+    Attributes:
+        prompt: the one named "default".
+        other_prompts: the others, by their names.
+        adapters: common to all, or None.
+    """
+
+    def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        freeze(backbone)
+        self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+        packed = self._packed
+        self.prompt = new_prompt(config, packed)
+        self.other_prompts = nn.ModuleDict()
+        self.adapters = None
+        if config.adapter_size is not None:
+            self.adapters = Adapters(packed.layers, packed.geometry, config.adapter_size).to(self.prompt.weight)
+
+    @property
+    def _packed(self) -> PackedBackbone:
+        return PackedBackbone(self.backbone, fused=True)
+
+    @property
+    def position_offset(self) -> int:
+        """What is added to the tokens' positions."""
+        return self.config.num_virtual_tokens if self.config.position_offset == "peft" else 0
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The prompts; their order gives the ids."""
+        return DEFAULT, *self.other_prompts
+
+    def _prompt_of(self, name: str) -> Prompt | Prefix:
+        if name not in self.prompt_names:
+            raise ValueError(f"name must be one of {self.prompt_names}, got {name!r}")
+        return self.prompt if name == DEFAULT else self.other_prompts[name]
+
+    def add_prompt(self, name: str, init_from: str | None = None) -> None:
+        """Add a prompt, which trains, at the end of the bank.
+
+        Args:
+            name: new, not empty, without ".", "/" and "\\"; it is also the name of a folder.
+            init_from: the prompt it begins as a copy of; None: it begins as the configuration says.
+
+        Raises:
+            ValueError: a name that does not fit.
+        """
+        self._check_new(name)
+        if init_from is None:
+            prompt = new_prompt(self.config, self._packed)
+        else:
+            prompt = copy.deepcopy(self._prompt_of(init_from))
+        self.other_prompts[name] = prompt.train(self.training).requires_grad_(True)
+
+    def drop_prompt(self, name: str) -> None:
+        """Take a prompt other than the default out of the bank: the ids of later ones go down by one."""
+        if name == DEFAULT:
+            raise ValueError(f"name must not be {DEFAULT!r}: a model keeps its first prompt")
+        self._prompt_of(name)
+        del self.other_prompts[name]
+
+    def freeze_prompt(self, name: str) -> None:
+        """Leave a prompt as it is from now on: it is read and gets no gradient."""
+        self._prompt_of(name).requires_grad_(False)
+
+    def save_prompt(self, name: str, directory: str | Path) -> None:
+        """Write one prompt as `save_pretrained` writes a model that has no other."""
+        self._save(self._prompt_of(name), Path(directory))
+
+    def load_prompt(self, name: str, directory: str | Path, *, trainable: bool = False) -> None:
+        """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head and adapters beside it are not read.
+
+        Other weights beside it, such as rows of added tokens, must be the model's own.
+
+        Args:
+            name: as in `add_prompt`.
+            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
+            trainable: whether it goes on training; an encoder is needed for that, and is left out otherwise.
+
+        Raises:
+            FileNotFoundError, ValueError: a name that does not fit; a file that is missing or of another kind or shape.
+        """
+        self._check_new(name)
+        prompt = checkpoint.load_prompt(self.config, self._packed, Path(directory), trainable)
+        self.other_prompts[name] = prompt.train(self.training).requires_grad_(trainable)
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or set(name) & set("./\\"):
+            raise ValueError(f"name must be a string, not empty, without '.', '/' and '\\', got {name!r}")
+        if name == DEFAULT or hasattr(self.other_prompts, name):  # of a ModuleDict's entries, and its own attributes
+            raise ValueError(f"name must be new, and none that torch.nn.ModuleDict has for itself, got {name!r}")
+
+    def prompt_inputs(
+        self,
+        prompt_ids: Tensor | np.ndarray | Sequence[str | int] | None = None,
+        shared_prefix_ids: Tensor | None = None,
+    ) -> PromptInputs:
+        """What a packed forward, or `fastprompt.models.generation.generate`, takes of the prompts that a batch reads.
+
+        Args:
+            prompt_ids, shared_prefix_ids: as of `forward`. Prompts that no sample reads are left out.
+        """
+        ids, names, index = self._numbers(prompt_ids), self.prompt_names, None
+        if isinstance(ids, Tensor):
+            ids = layout.read({"prompt_ids": ids})["prompt_ids"]
+        used = names[:1]
+        if ids is not None:
+            found, index = np.unique(ids, return_inverse=True)
+            index, found = index.reshape(ids.shape), found.tolist()
+            if found and not 0 <= found[0] <= found[-1] < len(names):
+                wrong = found[0] if found[0] < 0 else found[-1]
+                raise IndexError(f"prompt_ids must be in [0, {len(names)}), got {wrong}")
+            used = [names[i] for i in found]
+        rows = [self._prompt_of(name).rows().unsqueeze(0) for name in used]
+        rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        # It is kept in float32 where the backbone runs in less: brought to that once, not layer by layer.
+        rows = rows.to(computed_in(self.backbone.get_input_embeddings().weight))
+        prompts = {self.config.kind: rows if self.config.kind == "prompt" else self.prompt.split(rows)}
+        return PromptInputs(
+            **prompts,
+            index=index,
+            shared_ids=shared_prefix_ids,
+            position_offset=self.position_offset,
+            prefix_in_window=self.config.prefix_in_window,
+            adapters=self.adapters,
+        )
+
+    def _numbers(self, prompt_ids: Tensor | np.ndarray | Sequence[str | int] | None) -> Tensor | np.ndarray | None:
+        """The numbers of names; a tensor is still to be read."""
+        if prompt_ids is None or isinstance(prompt_ids, Tensor | np.ndarray):
+            if isinstance(prompt_ids, Tensor) and prompt_ids.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"prompt_ids must be torch.int32 or torch.int64, got {prompt_ids.dtype}")
+            return prompt_ids
+        names = self.prompt_names
+        unknown = [prompt_ids] if isinstance(prompt_ids, str) else [n for n in prompt_ids if n not in names]
+        unknown = [n for n in unknown if type(n) is not int]
+        if unknown:
+            raise ValueError(f"prompt_ids must be a list of names in {names}, or a tensor, got {unknown[0]!r}")
+        return np.array([n if type(n) is int else names.index(n) for n in prompt_ids], dtype=np.int64)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def head(self) -> dict[str, nn.Parameter]:
+        """The parameters of a task's head, which train and are saved with the prompt, by their name in the backbone."""
+        return {name: self.backbone.get_parameter(name) for name in self._head}
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
+
+        With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains; adapters go
+        into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as adapters do in
+        PEFT; each is whole. What else of the backbone trains, was loaded with a prompt, or was added to it (as by
+        `resize_token_embeddings`) goes into PEFT's file as well.
+        """
+        directory = Path(directory)
+        for name in self.other_prompts:
+            self.save_prompt(name, directory / name)
+        self._save(self.prompt, directory, others=list(self.other_prompts))
+
+    def _save(self, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] = ()) -> None:
+        beside = {"backbone": self.backbone, "head": self._head, "adapters": self.adapters, "others": others}
+        checkpoint.save(self.config, self._packed.geometry, prompt, directory, **beside)
+
+    @classmethod
+    def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptBank":
+        """Load what `save_pretrained`, or PEFT, wrote: of PEFT's the one adapter in the folder; see `load_prompt`.
+
+        Args:
+            backbone: the model it was trained on.
+            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
+            trainable: whether to go on training; encoders are needed for that, and are left out otherwise.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, of another kind, or of a shape that does not fit.
+        """
+        stored = checkpoint.read(Path(directory))
+        beside = stored.fitting(backbone)
+        model = cls(backbone, stored.start(stored.config, trainable))
+        model.config = stored.config
+        stored.fill(model.prompt, model.adapters)
+        for own, tensor in beside.values():
+            own.data.copy_(tensor)
+        # What came from a file goes into the next one.
+        parameters = {name for name, _ in backbone.named_parameters()}
+        model._head += [name for name in beside if name in parameters and name not in model._head]
+        for name in stored.others:
+            model.load_prompt(name, Path(directory) / name, trainable=trainable)
+        if not trainable:
+            model.requires_grad_(False)
+        return model
+
+
+def freeze(backbone: nn.Module) -> None:
+    """No gradients for the base model and for a language-model head; a head for a task goes on training."""
+    backbone.base_model.requires_grad_(False)
+    output = backbone.get_output_embeddings()
+    if output is not None:
+        backbone.requires_grad_(False)
