@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 from collections import defaultdict
 
@@ -10,6 +11,7 @@ import pytest
 from .records import Records
 from .run import BREAKS
 
+BACKENDS = re.compile(r"\b(native|triton|reference|chunked|None)\b")
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
@@ -18,12 +20,16 @@ def digest(test: str) -> str:
 
 
 def in_turns(tests: list[str]) -> list[str]:
-    """The first of each file, then the second of each, ..., in the order of their hashes."""
-    files = defaultdict(list)
+    """All of tests/gpu; then of each function, with each backend, the first test, then the second of each, ...
+
+    Tests of one function and backend come in the order of their hashes, whatever order they are given in.
+    """
+    kinds = defaultdict(list)
     for test in sorted(tests, key=digest):
-        files[test.partition("::")[0]].append(test)
-    places = {test: n for file in files.values() for n, test in enumerate(file)}
-    return sorted(tests, key=lambda test: (places[test], digest(test)))
+        function, _, parameters = test.partition("[")
+        kinds[function, tuple(BACKENDS.findall(parameters)[:1])].append(test)
+    places = {test: n for kind in kinds.values() for n, test in enumerate(kind)}
+    return sorted(tests, key=lambda test: (not test.startswith("tests/gpu/"), places[test], digest(test)))
 
 
 class Recorder:

@@ -1,7 +1,8 @@
-"""The tests that need a GPU, as many as there is time for: file by file in turns, in an order that is always the same.
+"""The tests that need a GPU, as many as there is time for, in an order that is always the same.
 
-So the small suites run whole, and a share of the large ones. Tests that passed are recorded by a hash of their names,
-and left out by the next run: it takes the next share.
+First all of tests/gpu, then one test of each function and backend, then another, ...: so each kind runs, the small
+suites run whole, and a share of the large ones. Tests that passed are recorded by a hash of their names, and left out
+by the next run: it takes the next share. A rehearsal runs tests/gpu, on the CPU.
 """
 
 import os
@@ -22,9 +23,7 @@ def cases() -> dict:
 def suite() -> dict:
     if not find_spec("pytest"):
         raise NotThere("the package pytest is not installed")
-    chosen = ["tests", "-m", "gpu"]
-    if DEVICE == "cpu":
-        chosen = ["tests/ops/test_segment_pool.py", "-m", "not gpu", "-k", "mean and not compile"]
+    chosen = ["tests/gpu"] if DEVICE == "cpu" else ["tests", "-m", "gpu"]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "benchmarks.gpu.pytest_records", *chosen]
     command += ["-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "--continue-on-collection-errors"]
     if find_spec("pytest_timeout"):

@@ -141,6 +141,19 @@ def test_natives_import_what_torch_exports(gpu, monkeypatch, tmp_path, device):
     assert natives.foreign(library) == ["torch_call_dispatcher"]
 
 
+def test_each_kind_of_test_has_its_turn(gpu):
+    """The order is always the same, and begins with all of tests/gpu and one test of each function and backend."""
+    from benchmarks.gpu.pytest_records import in_turns
+
+    first = [f"tests/gpu/test_a.py::test[{n}]" for n in range(9)]
+    kinds = [f"tests/ops/test_{n}.py::test" for n in "abc"]
+    tests = [f"{kind}[{backend}-{n}]" for kind in kinds for backend in ("native", "triton") for n in range(50)]
+    found = in_turns(tests + first)
+    assert found == in_turns(first + tests[::-1]) and sorted(found) == sorted(tests + first)
+    assert set(found[:9]) == set(first)
+    assert {test.rpartition("-")[0] for test in found[9:15]} == {test.rpartition("-")[0] for test in tests}
+
+
 def test_suite_is_recorded_and_outlives_a_broken_device(tmp_path):
     """Under pytest-xdist the worker whose device is broken is replaced."""
     (tmp_path / "test_few.py").write_text(
