@@ -108,6 +108,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True) ->
         raise ValueError(f"cu_seqlens must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
     if read_values and _is_readable(cu_seqlens):
         check_bounds(cu_seqlens.tolist(), rows)
+    elif len(cu_seqlens) == 1 and rows:  # whatever is in it
+        raise ValueError(f"cu_seqlens must end at {rows}, the number of packed rows, got the bounds of no segment")
     return len(cu_seqlens) - 1
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_prefix_attention import NAMES, inputs, int32, randn
 
+from fastprompt import ops
 from fastprompt.ops import prefix_attention
 
 WRONG_SHAPES = [
@@ -55,3 +56,16 @@ def test_bad_input(change, error, match):
     for backend in ["cpu"] if "'cpu'" in match else [None, "reference"]:
         with pytest.raises(error, match=match):
             prefix_attention(**inputs([3, 4]) | {"backend": backend} | change)
+
+
+def test_rows_of_no_segment_are_found_by_shape_alone():
+    """On a device whose values are not read as well: kernels would leave the outputs as they were."""
+    none, rows = torch.zeros(1, dtype=torch.int32, device="meta"), torch.empty(7, 8, device="meta")
+    query, prefix = rows.unsqueeze(1), torch.empty(1, 1, 2, 8, device="meta")
+    for run in (
+        lambda: ops.prefix_attention(query, query, query, prefix, prefix, none),
+        lambda: ops.pack_prompt(rows, torch.zeros(7, dtype=torch.int64, device="meta"), none, prefix[0]),
+        lambda: ops.segment_mean(rows, none),
+    ):
+        with pytest.raises(ValueError, match="cu_seqlens must end at 7, the number of packed rows, got the bounds of"):
+            run()
