@@ -7,6 +7,7 @@ import torch
 __all__ = ["available", "why_not"]
 
 FOLDER = Path(__file__).parent
+OLDEST_GPU = 8  # of compute capability, that setup.py compiles for
 
 
 def _load(device_type: str) -> str | None:
@@ -31,7 +32,13 @@ _why_not["cuda"] = _load("cuda") if _why_not["cpu"] is None else f"needs the CPU
 
 def why_not(device_type: str) -> str | None:
     """Why there are no native operators for tensors on `device_type` ("cpu", "cuda", ...); None if there are."""
-    return _why_not.get(device_type, f"there is no native library for {device_type}")
+    reason = _why_not.get(device_type, f"there is no native library for {device_type}")
+    # A tensor on a GPU has started CUDA; asking only then, an import or `info` does not.
+    if reason is None and device_type == "cuda" and torch.cuda.is_initialized():
+        found = torch.cuda.get_device_properties()
+        if found.major < OLDEST_GPU:
+            return f"needs a GPU of compute capability {OLDEST_GPU}.0 or newer, found {found.major}.{found.minor}"
+    return reason
 
 
 def available(device_type: str) -> bool:

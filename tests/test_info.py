@@ -1,6 +1,7 @@
 import platform
 import re
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -122,3 +123,12 @@ def test_the_reasons_here(capsys):
         reason = _native.why_not(device)
         state = "available" if reason is None else f"not available ({reason})"
         assert line.split(maxsplit=1) == [device, state]
+
+
+@pytest.mark.parametrize(("major", "served"), [(7, False), (8, True), (12, True)])
+def test_the_native_library_asks_for_a_gpu_that_it_is_compiled_for(monkeypatch, major, served):
+    monkeypatch.setattr(_native, "_why_not", {"cpu": None, "cuda": None})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(major=major, minor=5))
+    assert _native.available("cuda") is served
+    assert served or "7.5" in _native.why_not("cuda")
