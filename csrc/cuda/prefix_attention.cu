@@ -39,9 +39,11 @@ template <typename T>
 Rows<const T> rows_of(const Tensor& tensor) {
   return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1)};
 }
+// Of a bank of prefixes, or of rows of which the first are a prompt.
 template <typename T>
-Bank<const T> bank_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+Bank<T> bank_of(const Tensor& tensor, T* data) {
+  if (tensor.dim() == 3) return {data, 0, tensor.stride(1), tensor.stride(0)};
+  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 template <typename T>
 T* pointer_or_null(const Tensor& tensor, bool wanted) {
@@ -64,26 +66,33 @@ struct Inputs {
         prefix_key(readable(prefix_key_)),
         prefix_value(readable(prefix_value_)),
         cu_seqlens(as_contiguous(cu_seqlens_)) {
-    STD_TORCH_CHECK(prompt_rows == 0, "prompt_rows must be 0 on CUDA: the prompt's rows are a call of their own");
-    STD_TORCH_CHECK(softcap == 0, "softcap must be 0, which is none, on CUDA, got ", softcap);
-    STD_TORCH_CHECK(dropout_p == 0 && !seed, "dropout_p must be 0, without a seed, on CUDA, got ", dropout_p);
     STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
+    STD_TORCH_CHECK(softcap >= 0, "softcap must be positive, or 0 for none, got ", softcap);
+    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
+    STD_TORCH_CHECK(seed.has_value() || dropout_p == 0, "seed must be given with dropout_p > 0");
     const int64_t features = query.size(2);
     STD_TORCH_CHECK(features % 16 == 0 && features <= kLargestHead,
                     "heads must be of a multiple of 16 features, up to ", kLargestHead, ", got ", features);
-    if (prefix_index_) problem.prefix_index = Integers(prefix_index.emplace(as_contiguous(*prefix_index_)));
+    problem.has_prompt = prompt_rows > 0;
+    if (prefix_index_ && !problem.has_prompt)  // a prompt is one prefix
+      problem.prefix_index = Integers(prefix_index.emplace(as_contiguous(*prefix_index_)));
     problem.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
-    problem.segments = static_cast<int>(cu_seqlens.size(0) - 1);
+    problem.segments = static_cast<int>(cu_seqlens.size(0) - 1 + problem.has_prompt);
     problem.heads = static_cast<int>(query.size(1));
     problem.kv_heads = static_cast<int>(key.size(1));
     problem.features = static_cast<int>(features);
-    problem.entries = static_cast<int>(prefix_key.size(0));
-    problem.prefix = static_cast<int>(prefix_key.size(2));
+    problem.entries = problem.has_prompt ? 1 : static_cast<int>(prefix_key.size(0));
+    problem.prefix = static_cast<int>(problem.has_prompt ? prompt_rows : prefix_key.size(2));
     const int64_t reach = window < 0 ? kFar : std::min<int64_t>(is_causal ? window - 1 : window, kFar);
     problem.back = static_cast<int>(reach);
     problem.ahead = is_causal ? 0 : problem.back;
     problem.prefix_in_window = prefix_in_window;
     problem.scale = static_cast<float>(scale);
+    problem.inverse_softcap = static_cast<float>(softcap > 0 ? 1 / softcap : 0);
+    problem.unit = static_cast<float>(softcap > 0 ? softcap : scale);
+    problem.seed = seed ? seed->const_data_ptr<int64_t>() : nullptr;
+    problem.least = least_kept(dropout_p);
+    problem.kept_scale = static_cast<float>(1 / (1 - dropout_p));
   }
 
   template <typename T, typename Call>
@@ -92,18 +101,23 @@ struct Inputs {
     call.query = rows_of<T>(query);
     call.key = rows_of<T>(key);
     call.value = rows_of<T>(value);
-    call.prefix_key = bank_of<T>(prefix_key);
-    call.prefix_value = bank_of<T>(prefix_value);
+    const Tensor &keys = problem.has_prompt ? key : prefix_key, &values = problem.has_prompt ? value : prefix_value;
+    call.prefix_key = bank_of(keys, keys.const_data_ptr<T>());
+    call.prefix_value = bank_of(values, values.const_data_ptr<T>());
   }
 
-  // Calls f with a value of the element type, and with the features that a tile holds, zeros among them.
+  // Calls f with a value of the element type, with the features that a tile holds, zeros among them, and whether there
+  // is neither softcap nor dropout. With one of them, which is rare, fewer sizes do.
   template <typename F>
   void dispatch(const F& f) const {
+    const bool plain = problem.inverse_softcap == 0 && problem.least == 0;
     const auto with_type = [&](auto zero) {
-      if (problem.features <= 32) return f(zero, std::integral_constant<int, 32>{});
-      if (problem.features <= 64) return f(zero, std::integral_constant<int, 64>{});
-      if (problem.features <= 96) return f(zero, std::integral_constant<int, 96>{});
-      return f(zero, std::integral_constant<int, kLargestHead>{});
+      if (problem.features <= 32 && plain) return f(zero, std::integral_constant<int, 32>{}, std::true_type{});
+      if (problem.features <= 64 && plain) return f(zero, std::integral_constant<int, 64>{}, std::true_type{});
+      if (problem.features <= 64) return f(zero, std::integral_constant<int, 64>{}, std::false_type{});
+      if (problem.features <= 96 && plain) return f(zero, std::integral_constant<int, 96>{}, std::true_type{});
+      if (plain) return f(zero, std::integral_constant<int, kLargestHead>{}, std::true_type{});
+      f(zero, std::integral_constant<int, kLargestHead>{}, std::false_type{});
     };
     const ScalarType type = query.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
@@ -128,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   Tensor lse = torch::stable::new_empty(query, {rows, problem.heads}, ScalarType::Float);
   Tensor peak_sum = torch::stable::new_empty(query, {rows, problem.heads, 2}, ScalarType::Float);
   if (rows == 0) return {out, lse, peak_sum};
-  inputs.dispatch([&](auto zero, auto features) {
+  inputs.dispatch([&](auto zero, auto features, auto plain) {
     using T = decltype(zero);
     Forward<T> call{};
     inputs.hand_to<T>(call);
@@ -137,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
     call.peak_sum = reinterpret_cast<PeakSum*>(peak_sum.mutable_data_ptr<float>());
     const int64_t slots = rows * (problem.heads / problem.kv_heads) / kForwardRows + problem.segments;
     const dim3 blocks(static_cast<unsigned>(slots), problem.kv_heads);
-    launch(forward_kernel<T, features>, blocks, kThreads, kForwardBytes<T, features>, current_stream(query), call);
+    launch(forward_kernel<T, features, plain>, blocks, kThreads, kForwardBytes<T, features>, current_stream(query),
+           call);
   });
   return {out, lse, peak_sum};
 }
@@ -165,9 +180,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_prefix_key = gradient_like(prefix_key, needs_prefix_key);
   Tensor grad_prefix_value = gradient_like(prefix_value, needs_prefix_value);
 
-  const int64_t rows = query.size(0), prefix_count = prefix_key.numel();
-  needs_prefix_key &= prefix_count > 0;
-  needs_prefix_value &= prefix_count > 0;
+  const int64_t rows = query.size(0);
+  const int64_t prefix_count = int64_t{problem.entries} * problem.kv_heads * problem.prefix * problem.features;
+  needs_prefix_key = prefix_count > 0 && (problem.has_prompt ? needs_key : needs_prefix_key);
+  needs_prefix_value = prefix_count > 0 && (problem.has_prompt ? needs_value : needs_prefix_value);
   const bool needs_prefix = needs_prefix_key || needs_prefix_value;
   int64_t splits = problem.segments;
   if (needs_prefix) {
@@ -181,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor prefix_key_sums = sums(needs_prefix_key), prefix_value_sums = sums(needs_prefix_value);
   const bool several_tiles = needs_query && rows + problem.prefix > kKeys;
   Tensor query_sums = torch::stable::new_empty(query, {several_tiles ? query.numel() : 0}, ScalarType::Float);
-  inputs.dispatch([&](auto zero, auto features) {
+  inputs.dispatch([&](auto zero, auto features, auto plain) {
     using T = decltype(zero);
     Backward<T> call{};
     inputs.hand_to<T>(call);
@@ -195,13 +211,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     call.prefix_key_sums = pointer_or_null<float>(prefix_key_sums, needs_prefix_key);
     call.prefix_value_sums = pointer_or_null<float>(prefix_value_sums, needs_prefix_value);
     const cudaStream_t stream = current_stream(query);
-    launch(backward_kernel<T, features>, dim3(static_cast<unsigned>(splits), problem.kv_heads), kThreads,
+    launch(backward_kernel<T, features, plain>, dim3(static_cast<unsigned>(splits), problem.kv_heads), kThreads,
            BackwardTiles<T, features>::kBytes, stream, call);
     if (!needs_prefix) return;
     const dim3 blocks(static_cast<unsigned>((prefix_count + kSumThreads - 1) / kSumThreads), 2);
-    launch(sum_splits<T>, blocks, kSumThreads, 0, stream, call.prefix_key_sums, call.prefix_value_sums,
-           pointer_or_null<T>(grad_prefix_key, needs_prefix_key),
-           pointer_or_null<T>(grad_prefix_value, needs_prefix_value), static_cast<int>(splits), prefix_count);
+    const auto total = [&](const Tensor& of_rows, const Tensor& of_bank, bool wanted) {
+      const Tensor& grads = problem.has_prompt ? of_rows : of_bank;
+      return wanted ? bank_of(grads, grads.mutable_data_ptr<T>()) : Bank<T>{};
+    };
+    launch(sum_splits<T>, blocks, kSumThreads, 0, stream, problem, call.prefix_key_sums, call.prefix_value_sums,
+           total(grad_key, grad_prefix_key, needs_prefix_key), total(grad_value, grad_prefix_value, needs_prefix_value),
+           static_cast<int>(splits), prefix_count);
   });
   return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
 }

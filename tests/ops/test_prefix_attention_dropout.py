@@ -13,20 +13,24 @@ from fastprompt.ops import prefix_attention
 pytestmark = pytest.mark.skipif(not _native.available("cpu"), reason=str(_native.why_not("cpu")))
 
 
-def kept(args, seed, **options):
+def native(**args):
+    return prefix_attention(**args, backend="native")
+
+
+def kept(args, seed, run=native, **options):
     """(T, H, D) bool: whether each row's weights of keys 0, 1, ... are kept, prefix and own rows counted through.
 
     Key j's value is the j-th unit vector: there must be no more keys than features.
     """
-    rows, prefix = args["query"].shape[0], args["prefix_key"].shape[2]
-    unit = torch.eye(args["query"].shape[-1], dtype=args["query"].dtype)
+    row, prefix = torch.arange(len(args["query"]), device=args["query"].device), args["prefix_key"].shape[2]
+    unit = torch.eye(args["query"].shape[-1]).to(args["query"])
     bounds = args["cu_seqlens"].long()
-    own = torch.arange(rows) - bounds[torch.searchsorted(bounds, torch.arange(rows), right=True) - 1]
+    own = row - bounds[torch.searchsorted(bounds, row, right=True) - 1]
     args = mapped(args, torch.zeros_like)  # equal weights: the mask does not depend on them
     args["value"] = unit[prefix + own][:, None].expand(args["key"].shape)
     args["prefix_value"] = unit[:prefix].expand(args["prefix_key"].shape)
     torch.manual_seed(seed)
-    return prefix_attention(**args, **options, backend="native") != 0
+    return run(**args, **options) != 0
 
 
 def expected(args, mask, dropout_p, **options):
@@ -38,34 +42,37 @@ def expected(args, mask, dropout_p, **options):
     return torch.stack([torch.cat(parts) for parts in outs], 1)
 
 
+def check_given_the_mask(args, dropout_p, run=native, **options):
+    """Output and gradients, by the error that plain PyTorch makes with the same weights dropped."""
+    masking = {name: x for name, x in options.items() if name not in ("softcap", "scale")}
+    mask = kept(args, 7, run, dropout_p=dropout_p, **masking)
+    torch.manual_seed(7)
+    out = run(**args, dropout_p=dropout_p, **options)
+    exact, grad = mapped(args, torch.Tensor.double), torch.randn_like(out)
+    (want, *want_grads), (plain, *plain_grads), (got, *got_grads) = (
+        (x, *gradients(x, leaves, grad.to(x.dtype)))
+        for x, leaves in (
+            (expected(exact, mask, dropout_p, **options), exact),
+            (expected(args, mask, dropout_p, **options), args),
+            (out, args),
+        )
+    )
+    eps = torch.finfo(grad.dtype).eps
+    magnitudes = sums(exact, grad.double(), slack=torch.finfo(torch.float32).eps / eps, **options)
+    terms = (magnitudes[0], *magnitudes[2:])
+    tensors = zip(("output", *NAMES), (got, *got_grads), (plain, *plain_grads), (want, *want_grads), terms, strict=True)
+    for name, x, plainly, exactly, magnitude in tensors:
+        error, plain_error = ((y.double() - exactly).abs().max() for y in (x, plainly))
+        assert error <= 2 * plain_error + eps * magnitude.max() / (1 - dropout_p), name
+
+
 @pytest.mark.parametrize("options", [
     dict(dropout_p=0.1), dict(dropout_p=0.5, is_causal=True), dict(dropout_p=0.9, window=5, prefix_in_window=True),
     dict(dropout_p=0.3, softcap=1.5, is_causal=True, window=9), dict(dropout_p=0.3, softcap=30.0, scale=-0.7),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_values_and_gradients_given_the_mask(dtype, options):
-    args = inputs([40, 0, 1, 33], prefix=20, features=60, heads=(4, 2), dtype=dtype)
-    masking = {name: x for name, x in options.items() if name not in ("softcap", "scale")}
-    mask = kept(args, 7, **masking)
-    torch.manual_seed(7)
-    out = prefix_attention(**args, **options, backend="native")
-    exact, grad = mapped(args, torch.Tensor.double), torch.randn_like(out)
-    (want, *want_grads), (plain, *plain_grads), (got, *got_grads) = (
-        (x, *gradients(x, leaves, grad.to(x.dtype)))
-        for x, leaves in (
-            (expected(exact, mask, **options), exact),
-            (expected(args, mask, **options), args),
-            (out, args),
-        )
-    )
-    eps = torch.finfo(dtype).eps
-    undropped = {name: x for name, x in options.items() if name != "dropout_p"}
-    magnitudes = sums(exact, grad.double(), slack=torch.finfo(torch.float32).eps / eps, **undropped)
-    terms = (magnitudes[0], *magnitudes[2:])
-    tensors = zip(("output", *NAMES), (got, *got_grads), (plain, *plain_grads), (want, *want_grads), terms, strict=True)
-    for name, x, plainly, exactly, magnitude in tensors:
-        error, plain_error = ((y.double() - exactly).abs().max() for y in (x, plainly))
-        assert error <= 2 * plain_error + eps * magnitude.max() / (1 - options["dropout_p"]), name
+    check_given_the_mask(inputs([40, 0, 1, 33], prefix=20, features=60, heads=(4, 2), dtype=dtype), **options)
 
 
 @pytest.mark.parametrize("dropout_p", [0.05, 0.5, 0.9])

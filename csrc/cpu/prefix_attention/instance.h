@@ -1,6 +1,7 @@
 // Fills a table of functions for one instruction set. The including file gives kVectorBytes and a namespace, below the
 // pragma that selects the set.
 // clang-format off: in this order
+#include "../../common/dropout.h"
 #include "../exp2.h"
 #include "tiles.h"
 #include "blocks.h"

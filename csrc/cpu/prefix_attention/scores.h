@@ -27,47 +27,29 @@ inline void cap_row(const Problem& problem, A* product, int64_t count) {
   for (int64_t j = 0; j < count; j += kLanes<A>) vec(product + j) = tanh_of(vec(product + j) * scale * inverse);
 }
 
-// Dropout of one row. A weight's bits are a hash of the seed and its own place (row, head, key), so that forward and
-// backward find the same ones, whatever the tiles, the threads and the vectors.
+// Dropout of one row.
 template <typename A>
 struct RowDropout {
-  uint32_t first, second;  // of the row
-  int32_t least;           // of 31 bits: what has fewer is dropped
-  A scale;                 // of what is kept
+  DropoutBits bits;
+  int32_t least;
+  A scale;  // of what is kept
 
   // Row `r` of a segment for one key/value head, as in a Block.
-  RowDropout(const Problem& problem, const Segment& segment, int64_t head, int64_t r) {
-    const int64_t group = problem.group();
-    const int64_t row = (segment.begin + r / group) * problem.heads + head * group + r % group;
-    uint64_t x = problem.seed + static_cast<uint64_t>(row + 1) * 0x9e3779b97f4a7c15u;  // SplitMix64
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    x ^= x >> 31;
-    first = static_cast<uint32_t>(x);
-    second = static_cast<uint32_t>(x >> 32);
-    least = static_cast<int32_t>(problem.dropout_p * 2147483648.0);
-    scale = static_cast<A>(1 / (1 - problem.dropout_p));
-  }
-
-  // 31 bits of each key, by Chris Wellons' "triple32". With two rounds instead of three weights of a row correlate
-  // (1e-3).
-  template <typename X>
-  X bits(X key) const {
-    key = (key ^ first) * 0xed5ad4bbu + second;
-    key = (key ^ key >> 11) * 0xac4c1b51u;
-    key = (key ^ key >> 15) * 0x31848babu;
-    return key >> 1;
-  }
+  RowDropout(const Problem& problem, const Segment& segment, int64_t head, int64_t r)
+      : bits(problem.seed,
+             (segment.begin + r / problem.group()) * problem.heads + head * problem.group() + r % problem.group()),
+        least(least_kept(problem.dropout_p)),
+        scale(static_cast<A>(1 / (1 - problem.dropout_p))) {}
 
   // `value` where the weight of key + 0, key + 1, ... is kept, else 0.
   V<float> kept(V<float> value, int64_t key) const {
     const auto keys = first_numbers(std::make_index_sequence<kLanes<float>>()) + static_cast<uint32_t>(key);
-    const auto below = reinterpret_cast<typename Vector<float>::bits>(bits(keys)) < least;
+    const auto below = reinterpret_cast<typename Vector<float>::bits>(bits.of(keys)) < least;
     return below ? V<float>{} : value;
   }
   V<double> kept(V<double> value, int64_t key) const {
     for (int64_t k = 0; k < kLanes<double>; ++k)
-      if (static_cast<int32_t>(bits(static_cast<uint32_t>(key + k))) < least) value[k] = 0;
+      if (static_cast<int32_t>(bits.of(static_cast<uint32_t>(key + k))) < least) value[k] = 0;
     return value;
   }
 

@@ -26,8 +26,8 @@ struct BackwardTiles {
   using KeyTile = Tile<T, kKeys, kFeatures>;
   using RowTile = Tile<T, kRows, kFeatures>;
   using ScoreTile = Tile<T, kKeys, kRows>;
-  static constexpr int kBytes =
-      2 * KeyTile::kBytes + 2 * RowTile::kBytes + ScoreTile::kBytes + kRows * (3 * sizeof(float) + sizeof(int));
+  static constexpr int kBytes = 2 * KeyTile::kBytes + 2 * RowTile::kBytes + ScoreTile::kBytes +
+                                kRows * (3 * sizeof(float) + sizeof(int) + sizeof(DropoutBits));
   KeyTile key{static_cast<T*>(shared_memory())}, value{key.end()};
   RowTile query{value.end()}, grad{query.end()};
   ScoreTile grad_score{grad.end()};  // transposed
@@ -35,9 +35,10 @@ struct BackwardTiles {
   float* log_sum = peak + kRows;  // in units of ln 2
   float* delta = log_sum + kRows;
   int* position = reinterpret_cast<int*>(delta + kRows);
+  DropoutBits* dropout = reinterpret_cast<DropoutBits*>(position + kRows);
 };
 
-template <typename T, int kFeatures>
+template <typename T, int kFeatures, bool kPlain>
 class BackwardBlock {
  public:
   __device__ BackwardBlock(const Backward<T>& call)
@@ -85,15 +86,16 @@ class BackwardBlock {
   __device__ void run_segment() {
     const bool own = call_.grad_query || call_.grad_key || call_.grad_value;
     const bool prefix = call_.grad_query || call_.prefix_key_sums || call_.prefix_value_sums;
-    const int begin = prefix ? -problem_.prefix : problem_.tile_of(0), end = own ? segment_.length : 0;
+    const int begin = prefix ? -problem_.prefix_of(segment_) : problem_.tile_of(segment_, 0),
+              end = own ? segment_.length : 0;
     for (int first = begin; first < end; first += kKeys) run_keys(first);
   }
 
   __device__ void run_keys(int first) {
     const int length = segment_.length, rows = length * group_;
     if (!problem_.tile_sees(0, length - 1, first)) return;  // a part of the prefix that is out of every row's window
-    const Keys<T> keys(call_.key, call_.prefix_key, segment_, head_, problem_.prefix);
-    const Keys<T> values(call_.value, call_.prefix_value, segment_, head_, problem_.prefix);
+    const Keys<T> keys(call_.key, call_.prefix_key, segment_, head_, problem_.prefix_of(segment_));
+    const Keys<T> values(call_.value, call_.prefix_value, segment_, head_, problem_.prefix_of(segment_));
     __syncthreads();  // the last tile has been read, and the sums are clear
     tiles_.key.begin_load(features_, [&](int r) { return first + r < length ? keys.at(first + r) : nullptr; });
     tiles_.value.begin_load(features_, [&](int r) { return first + r < length ? values.at(first + r) : nullptr; });
@@ -109,11 +111,11 @@ class BackwardBlock {
       if (first + 16 * warp_id() < length) add_rows(grad_key, grad_value, first);
       if (call_.grad_query == nullptr) continue;
       __syncthreads();  // the gradients of all scores are there
-      add_query(first_row, rows, first, first == problem_.first_tile(low),
-                first == problem_.last_tile(high / group_, length));
+      add_query(first_row, rows, first, first == problem_.first_tile(segment_, low),
+                first == problem_.last_tile(segment_, high / group_));
     }
     store_keys(grad_key, first, problem_.scale, call_.grad_key, call_.prefix_key_sums);
-    store_keys(grad_value, first, 1.0f, call_.grad_value, call_.prefix_value_sums);
+    store_keys(grad_value, first, kPlain ? 1.0f : problem_.kept_scale, call_.grad_value, call_.prefix_value_sums);
   }
 
   __device__ void load_rows(int first_row, int rows) const {
@@ -144,6 +146,7 @@ class BackwardBlock {
     const PeakSum of_row = row < rows ? call_.peak_sum[row_index(row)] : PeakSum{0, 1};
     tiles_.peak[r] = of_row.peak;
     tiles_.log_sum[r] = log2f(of_row.sum);
+    if (!kPlain && problem_.least > 0) tiles_.dropout[r] = DropoutBits(*problem_.seed, row_index(row));
   }
 
   __device__ int64_t row_index(int row) const {
@@ -187,6 +190,8 @@ class BackwardBlock {
     const int key = 16 * warp_id() + lane_id() / 4, column = lane_id() % 4 * 2;  // of the tile; and 8 further on
     float weight[kRows / 8][4] = {};
     multiply(weight, tiles_.key, tiles_.query);
+    Unplain unplain;
+    if constexpr (!kPlain) problem_.cap(weight);
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n)
 #pragma unroll
@@ -194,9 +199,11 @@ class BackwardBlock {
         const int row = 8 * n + column + i % 2;
         const bool seen = problem_.sees(tiles_.position[row], first + key + i / 2 * 8, segment_.length);
         // However the products were rounded this time, none is above the peak; NaN stays NaN.
-        const float below = weight[n][i] - fmaxf(weight[n][i], tiles_.peak[row]);
-        weight[n][i] = seen ? power_of_two(below * (problem_.scale * kLog2E) - tiles_.log_sum[row]) : 0;
+        const float score = weight[n][i], below = score - fmaxf(score, tiles_.peak[row]);
+        weight[n][i] = seen ? power_of_two(below * (problem_.unit * kLog2E) - tiles_.log_sum[row]) : 0;
+        if constexpr (!kPlain) unplain.change[n][i] = weight[n][i] * problem_.slope(score);
       }
+    if constexpr (!kPlain) drop(weight, unplain, first + key, column);
     if (call_.grad_value || call_.prefix_value_sums) add_product(grad_value, weight, tiles_.grad);
     if (!needs_score_) return;
     float grad_score[kRows / 8][4] = {};
@@ -204,12 +211,40 @@ class BackwardBlock {
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        grad_score[n][i] = weight[n][i] * (grad_score[n][i] - tiles_.delta[8 * n + column + i % 2]);
+      for (int i = 0; i < 4; ++i) {
+        const float delta = tiles_.delta[8 * n + column + i % 2];
+        if constexpr (kPlain)
+          grad_score[n][i] = weight[n][i] * (grad_score[n][i] - delta);
+        else
+          grad_score[n][i] = unplain.grad_score(n, i, grad_score[n][i] * problem_.kept_scale, delta);
+      }
       store_pair(tiles_.grad_score.at(key, 8 * n + column), grad_score[n][0], grad_score[n][1]);
       store_pair(tiles_.grad_score.at(key + 8, 8 * n + column), grad_score[n][2], grad_score[n][3]);
     }
     if (call_.grad_key || call_.prefix_key_sums) add_product(grad_key, grad_score, tiles_.query);
+  }
+
+  // What a softcap and dropout make of a weight's gradient.
+  struct Unplain {
+    float change[kRows / 8][4];  // the weight that is not dropped yet, times the slope of its score
+    uint32_t dropped = 0;        // a bit for each
+    __device__ float grad_score(int n, int i, float grad, float delta) const {
+      return change[n][i] * ((dropped >> (4 * n + i) & 1 ? 0 : grad) - delta);
+    }
+  };
+
+  // Dropout of weights, of the keys from `key` on; what is kept is not scaled yet.
+  __device__ void drop(float (&weight)[kRows / 8][4], Unplain& unplain, int key, int column) const {
+    static_assert(kRows / 8 * 4 <= 32);
+    if (problem_.least == 0) return;
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (problem_.keeps(tiles_.dropout[8 * n + column + i % 2], key + i / 2 * 8)) continue;
+        weight[n][i] = 0;
+        unplain.dropped |= 1u << (4 * n + i);
+      }
   }
 
   // What the keys at hand give to the gradient of the query rows at hand. A warp takes 16 rows, and a part of the
@@ -251,23 +286,31 @@ class BackwardBlock {
     }
   }
 
-  // The sums of the warp's 16 keys: of the segment's to `grad`, of the prefix's onto what earlier segments gave.
+  // The sums of the warp's 16 keys: of the segment's to `grad`, of the prefix's onto what earlier segments gave. A
+  // prompt's own keys are the prefix of the segments that follow.
   __device__ void store_keys(const Sums& sums, int first, float scale, T* grad, float* prefix_sums) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int key = first + 16 * warp_id() + lane_id() / 4 + 8 * h, column = lane_id() % 4 * 2;
-      if (key >= segment_.length || (key < 0 ? prefix_sums == nullptr : grad == nullptr)) continue;
-      const int64_t row = key < 0 ? key + problem_.prefix : int64_t{segment_.begin + key} * problem_.kv_heads + head_;
-      const int64_t offset = (key < 0 ? prefix_offset(segment_.entry) : 0) + row * features_ + column;
+      if (key >= segment_.length) continue;
+      if (key < 0 || problem_.is_prompt(segment_)) {
+        if (prefix_sums == nullptr) continue;
+        float* to =
+            prefix_sums + prefix_offset(segment_.entry) + (key + problem_.prefix_of(segment_)) * features_ + column;
+        const bool whole = stores(segment_.index);
 #pragma unroll
-      for (int d = 0; d < kFeatures / 8; ++d) {
-        if (8 * d >= features_) break;
-        const float2 sum{sums[d][2 * h] * scale, sums[d][2 * h + 1] * scale};
-        if (key < 0) {
-          float2& total = *reinterpret_cast<float2*>(prefix_sums + offset + 8 * d);
-          total = stores(segment_.index) ? sum : float2{total.x + sum.x, total.y + sum.y};
-        } else {
-          store_pair(grad + offset + 8 * d, sum.x, sum.y);
+        for (int d = 0; d < kFeatures / 8; ++d) {
+          if (8 * d >= features_) break;
+          float2& total = *reinterpret_cast<float2*>(to + 8 * d);
+          const float2 before = whole ? float2{0, 0} : total;
+          total = {before.x + sums[d][2 * h] * scale, before.y + sums[d][2 * h + 1] * scale};
+        }
+      } else if (grad != nullptr) {
+        T* to = grad + ((int64_t{segment_.begin + key} * problem_.kv_heads + head_) * features_ + column);
+#pragma unroll
+        for (int d = 0; d < kFeatures / 8; ++d) {
+          if (8 * d >= features_) break;
+          store_pair(to + 8 * d, sums[d][2 * h] * scale, sums[d][2 * h + 1] * scale);
         }
       }
     }
@@ -281,23 +324,25 @@ class BackwardBlock {
   Segment segment_;
 };
 
-// Grid: (splits, Hkv).
-template <typename T, int kFeatures>
+// Grid: (splits, Hkv). kPlain: neither softcap nor dropout.
+template <typename T, int kFeatures, bool kPlain>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward<T> call) {
-  BackwardBlock<T, kFeatures>(call).run();
+  BackwardBlock<T, kFeatures, kPlain>(call).run();
 }
 
 // grad = the sums over the splits, in their order. Grid: (blocks of count, 2): the keys' and the values'.
 template <typename T>
-__global__ void sum_splits(const float* key_sums, const float* value_sums, T* grad_key, T* grad_value, int splits,
-                           int64_t count) {
+__global__ void sum_splits(const Problem problem, const float* key_sums, const float* value_sums, Bank<T> grad_key,
+                           Bank<T> grad_value, int splits, int64_t count) {
   const float* sums = blockIdx.y == 0 ? key_sums : value_sums;
-  T* grad = blockIdx.y == 0 ? grad_key : grad_value;
+  const Bank<T> grad = blockIdx.y == 0 ? grad_key : grad_value;
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (grad == nullptr || i >= count) return;
+  if (grad.data == nullptr || i >= count) return;
   float total = 0;
   for (int split = 0; split < splits; ++split) total += sums[split * count + i];
-  grad[i] = static_cast<T>(total);
+  const int64_t row = i / problem.features, head = row / problem.prefix;
+  T* to = grad.at(head / problem.kv_heads, head % problem.kv_heads) + row % problem.prefix * grad.row_stride;
+  to[i % problem.features] = static_cast<T>(total);
 }
 
 }  // namespace fastprompt::prefix_attention

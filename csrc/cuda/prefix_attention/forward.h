@@ -23,8 +23,19 @@ using KeyTile = Tile<T, kKeys, kFeatures>;
 template <typename T, int kFeatures>
 constexpr int kForwardBytes = 2 * KeyTile<T, kFeatures>::kBytes;
 
-// Grid: (slots, Hkv), see Problem::find_tile.
-template <typename T, int kFeatures>
+// Dropout of the weights of a lane's two rows, the first with key `first`; what is kept is not scaled yet.
+__device__ inline void drop(const Problem& problem, const DropoutBits (&rows)[2], int first,
+                            float (&weight)[kKeys / 8][4]) {
+  if (problem.least == 0) return;
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!problem.keeps(rows[i / 2], first + 8 * n + i % 2)) weight[n][i] = 0;
+}
+
+// Grid: (slots, Hkv), see Problem::find_tile. kPlain: neither softcap nor dropout.
+template <typename T, int kFeatures, bool kPlain>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call) {
   const Problem& problem = call.problem;
   const int features = problem.features, group = problem.group(), kv_head = blockIdx.y;
@@ -32,8 +43,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
   const Segment segment = problem.find_tile(blockIdx.x, kForwardRows, first_row);
   const int begin = segment.begin, length = segment.length, rows = length * group;
   if (first_row >= rows) return;
-  const Keys<T> keys(call.key, call.prefix_key, segment, kv_head, problem.prefix);
-  const Keys<T> values(call.value, call.prefix_value, segment, kv_head, problem.prefix);
+  const Keys<T> keys(call.key, call.prefix_key, segment, kv_head, problem.prefix_of(segment));
+  const Keys<T> values(call.value, call.prefix_value, segment, kv_head, problem.prefix_of(segment));
   const KeyTile<T, kFeatures> key_tile{static_cast<T*>(shared_memory())};
   const KeyTile<T, kFeatures> value_tile{key_tile.end()};
 
@@ -42,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
   int position[2], head[2];
   bool valid[2];
   const T* source[2];
+  DropoutBits dropout[2] = {};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = warp_row + lane_id() / 4 + 8 * h;
@@ -49,6 +61,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
     position[h] = row / group;
     head[h] = kv_head * group + row % group;
     source[h] = valid[h] ? call.query.at(begin + position[h], head[h]) + column : nullptr;
+    if (!kPlain && problem.least > 0)
+      dropout[h] = DropoutBits(*problem.seed, int64_t{begin + position[h]} * problem.heads + head[h]);
   }
   uint32_t query[kFeatures / 16][4];
 #pragma unroll
@@ -60,12 +74,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
       query[k][i] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * k + i / 2 * 8) : 0;
     }
 
-  const float scale = problem.scale * kLog2E;
+  const float scale = problem.unit * kLog2E;
   float peak[2] = {kLowest, kLowest}, total[2] = {0, 0};  // finite: a tile may hide all its keys from a row
   float out[kFeatures / 8][4] = {};
   const int low = first_row / group, high = min(rows - 1, first_row + kForwardRows - 1) / group;
-  const int last_tile = problem.last_tile(high, length);
-  for (int first = problem.first_tile(low); first <= last_tile; first += kKeys) {
+  const int last_tile = problem.last_tile(segment, high);
+  for (int first = problem.first_tile(segment, low); first <= last_tile; first += kKeys) {
     if (!problem.tile_sees(low, high, first)) continue;
     __syncthreads();  // the last tile has been read
     key_tile.begin_load(features, [&](int r) { return first + r < length ? keys.at(first + r) : nullptr; });
@@ -85,6 +99,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
         multiply_add<T>(score[2 * n], score[2 * n + 1], query[k], b);
       }
     }
+    if constexpr (!kPlain) problem.cap(score);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float highest = peak[h];
@@ -115,6 +130,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
         out[d][2 * h + 1] *= shrink;
       }
     }
+    if constexpr (!kPlain) drop(problem, dropout, first + column, score);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
       if (first + 16 * n >= length) break;
@@ -136,12 +152,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
     total[h] += __shfl_xor_sync(~0u, total[h], 2);
     if (!valid[h]) continue;
     const int64_t row = begin + position[h];
+    const float divisor = kPlain ? total[h] : total[h] / problem.kept_scale;
     T* to = call.out.at(row, head[h]) + column;
 #pragma unroll
     for (int d = 0; d < kFeatures / 8; ++d)
-      if (8 * d < features) store_pair(to + 8 * d, out[d][2 * h] / total[h], out[d][2 * h + 1] / total[h]);
+      if (8 * d < features) store_pair(to + 8 * d, out[d][2 * h] / divisor, out[d][2 * h + 1] / divisor);
     if (column == 0) {
-      call.lse[row * problem.heads + head[h]] = peak[h] * problem.scale + log2f(total[h]) * kLn2;
+      call.lse[row * problem.heads + head[h]] = peak[h] * problem.unit + log2f(total[h]) * kLn2;
       call.peak_sum[row * problem.heads + head[h]] = {peak[h], total[h]};
     }
   }

@@ -2,7 +2,7 @@
 //
 // The query heads of a group stand side by side: "row" r of a segment is its position r / group under head r % group of
 // the group. The keys of a segment and its prefix are counted through: the prefix at positions -P..-1, the segment from
-// 0.
+// 0. Where the first rows are a prompt, they are segment 0, which has no prefix, and the prefix of all that follow.
 #pragma once
 
 #include <cassert>
@@ -11,6 +11,8 @@
 #include "../../common/packed_rows.h"
 
 namespace fastprompt::prefix_attention {
+
+#include "../../common/dropout.h"
 
 constexpr int kWarps = 4, kWarpSize = 32, kThreads = kWarps * kWarpSize;
 constexpr int kKeys = 64;                                                  // of a tile
@@ -63,27 +65,40 @@ struct Keys {
 };
 
 struct Problem {
-  const int32_t* cu_seqlens;
-  Integers prefix_index;  // without data: all read entry 0
+  const int32_t* cu_seqlens;  // with a prompt counted from behind it
+  Integers prefix_index;      // without data: all read entry 0
+  const int64_t* seed;        // of dropout; null without
   int segments, heads, kv_heads, features, entries, prefix;
   int back, ahead;  // how far behind and ahead of its own position a row sees
-  bool prefix_in_window;
-  float scale;  // positive
+  bool prefix_in_window, has_prompt;
+  float scale;            // positive
+  float inverse_softcap;  // 0: none
+  float unit;             // of scores as the kernels compare them: the softcap, or without one the scale of products
+  int32_t least;          // see least_kept; 0: no dropout
+  float kept_scale;       // of the weights that dropout keeps
 
   __device__ int group() const { return heads / kv_heads; }
 
-  __device__ Segment segment(int index) const {
-    const int begin = cu_seqlens[index];
-    const int64_t entry = prefix_index.data ? prefix_index[index] : 0;
-    assert(entry >= 0 && entry < entries && "prefix_index out of range");
-    return {index, begin, cu_seqlens[index + 1] - begin, static_cast<int>(entry)};
+  __device__ int begin(int index) const {
+    if (!has_prompt) return cu_seqlens[index];
+    return index == 0 ? 0 : cu_seqlens[index - 1] + prefix;
   }
 
+  __device__ Segment segment(int index) const {
+    const int first = begin(index);
+    const int64_t entry = prefix_index.data ? prefix_index[index] : 0;
+    assert(entry >= 0 && entry < entries && "prefix_index out of range");
+    return {index, first, begin(index + 1) - first, static_cast<int>(entry)};
+  }
+  __device__ bool is_prompt(const Segment& own) const { return has_prompt && own.index == 0; }
+  // Of the keys before a segment's own. Not kept with the segment: the backward has no register left for it.
+  __device__ int prefix_of(const Segment& own) const { return is_prompt(own) ? 0 : prefix; }
+
   // The first row of the tile of `tile_rows` rows that a block works on; beyond the segment's last if the slot is one
-  // too many. Segment b owns the slots from cu_seqlens[b] * group / tile_rows + b on, at least as many as it has tiles:
+  // too many. Segment b owns the slots from its begin * group() / tile_rows + b on, at least as many as it has tiles:
   // so the grid follows from shapes alone.
   __device__ Segment find_tile(int slot, int tile_rows, int& first_row) const {
-    const auto first_slot = [&](int b) { return static_cast<int>(int64_t{cu_seqlens[b]} * group() / tile_rows) + b; };
+    const auto first_slot = [&](int b) { return static_cast<int>(int64_t{begin(b)} * group() / tile_rows) + b; };
     int before = 0;
     for (int b = lane_id(); b < segments; b += kWarpSize) before += first_slot(b) <= slot;
     for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) before += __shfl_xor_sync(~0u, before, lanes);
@@ -99,16 +114,34 @@ struct Problem {
   __device__ bool tile_sees(int low, int high, int first) const {
     return first <= high + ahead && (first + kKeys > low - back || (first < 0 && !prefix_in_window));
   }
-  // The tiles, by their first key, that hold the first key that `low` sees, and the last that `high` sees.
-  __device__ int first_tile(int low) const {
-    if (!prefix_in_window && prefix > 0) return -prefix;
-    const int key = low - back;
-    return key <= -prefix ? -prefix : tile_of(key);
+  // The tiles of `own`, by their first key, that hold the first key that `low` sees, and the last that `high` sees.
+  __device__ int first_tile(const Segment& own, int low) const {
+    const int before = prefix_of(own), key = low - back;
+    return key <= -before || (before > 0 && !prefix_in_window) ? -before : tile_of(own, key);
   }
-  __device__ int last_tile(int high, int length) const {
-    return tile_of(high + ahead < length ? high + ahead : length - 1);
+  __device__ int last_tile(const Segment& own, int high) const {
+    return tile_of(own, high + ahead < own.length ? high + ahead : own.length - 1);
   }
-  __device__ int tile_of(int key) const { return (key + prefix) / kKeys * kKeys - prefix; }
+  __device__ int tile_of(const Segment& own, int key) const {
+    return (key + prefix_of(own)) / kKeys * kKeys - prefix_of(own);
+  }
+
+  // Products of queries and keys become scores: under a softcap tanh(scale * product / softcap).
+  template <int kCount>
+  __device__ void cap(float (&product)[kCount][4]) const {
+    if (inverse_softcap == 0) return;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)  // in this order nothing but infinity comes of numbers at the edges of the range
+        product[n][i] = tanhf(product[n][i] * scale * inverse_softcap);
+  }
+  // The derivative of a score in its unit, by the product, but for `scale`.
+  __device__ float slope(float score) const { return inverse_softcap == 0 ? 1 : 1 - score * score; }
+
+  __device__ bool keeps(const DropoutBits& row, int key) const {
+    return static_cast<int32_t>(row.of(static_cast<uint32_t>(prefix + key))) >= least;
+  }
 };
 
 }  // namespace fastprompt::prefix_attention

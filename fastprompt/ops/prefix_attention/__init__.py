@@ -70,9 +70,9 @@ def prefix_attention(
         dropout_p: probability with which attention weights are dropped (and the rest scaled up).
         return_lse: also return the log-sum-exp of the scores, (T, H) float32 (float64 for float64), not differentiable.
         backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
-            multiple of 16 up to 128, no softcap and no dropout, on GPUs), "triton" (GPUs), "cpu" (PyTorch's flash
-            kernels, CPU only, no softcap, no dropout) or "reference". Only the last has second derivatives; another
-            raises a RuntimeError where one is asked for.
+            multiple of 16 up to 128, on GPUs), "triton" (GPUs), "cpu" (PyTorch's flash kernels, CPU only, no softcap,
+            no dropout) or "reference". Only the last has second derivatives; another raises a RuntimeError where one is
+            asked for.
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
@@ -102,7 +102,7 @@ def prefix_attention(
         result = native.prefix_attention(
             query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options, prompt_rows
         )
-    elif prompt_rows and backend != "triton":
+    elif prompt_rows and backend not in ("native", "triton"):
         result = _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options)
     else:
         tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
@@ -123,7 +123,7 @@ def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p
     devices = {"native": tuple(NATIVE_DTYPES), "cpu": ("cpu",)}.get(backend, (device,))
     if device not in devices:
         raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(devices)}, got {query.device}")
-    if not plain and (backend == "cpu" or (backend == "native" and device != "cpu")):
+    if backend == "cpu" and not plain:
         raise ValueError(
             f"backend {backend!r} needs no softcap and no dropout on {device}, "
             f"got softcap={softcap}, dropout_p={dropout_p}"
@@ -207,7 +207,7 @@ def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefi
 
         return triton.prefix_attention(*tensors, *options, prompt_rows)
     if backend == "native":
-        return native.prefix_attention(*tensors, *options)
+        return native.prefix_attention(*tensors, *options, prompt_rows)
     if backend == "cpu":
         is_causal, scale, window, _, prefix_in_window, _ = options
         return cpu.prefix_attention(query, *tensors[1:], is_causal, scale, window, prefix_in_window)
