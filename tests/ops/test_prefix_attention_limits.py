@@ -50,6 +50,19 @@ def test_scales_and_softcaps_of_any_size(backend):
             torch.testing.assert_close(got[:2], want[:2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_prefix_index_of_prompt_rows(backend, dtype):
+    """It can only name the one prefix there is; what lies behind it is not read."""
+    leaves = [torch.randn(9, heads, 16).requires_grad_() for heads in (2, 1, 1)]
+    options = dict(cu_seqlens=torch.tensor([0, 4, 5], dtype=torch.int32), prompt_rows=4, is_causal=True)
+    options |= dict(prefix_key=None, prefix_value=None, backend=backend)
+    index = torch.tensor([0, 0, 7], dtype=dtype)[:2]
+    outs = [prefix_attention(*leaves, **options, prefix_index=each) for each in (None, index)]
+    grads = [torch.autograd.grad(out, leaves, torch.ones_like(out)) for out in outs]
+    assert torch.equal(*outs) and all(map(torch.equal, *grads))
+
+
 HUGE = dict(query=(2**31, 1, 1), key=(2**31, 1, 1), value=(2**31, 1, 1), prefix_key=(1, 1, 0, 1))
 HUGE_PREFIX = dict(query=(4, 1, 1), key=(4, 1, 1), value=(4, 1, 1), prefix_key=(1, 1, 2**31, 1))
 

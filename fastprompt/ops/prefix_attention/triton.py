@@ -346,7 +346,7 @@ def prefix_attention(
     if reason := why_not(query):
         raise ValueError(f"backend 'triton' {reason}")
     cu_seqlens = cu_seqlens.contiguous()  # the kernels know no stride of these
-    prefix_index = None if prefix_index is None else prefix_index.contiguous()
+    prefix_index = None if prefix_index is None or prompt_rows else prefix_index.contiguous()
     seed = None
     if dropout_p > 0:  # drawn on the device, which nobody then waits for: a graph that is replayed draws anew
         seed = torch.randint_like(cu_seqlens[:1], 2**62, dtype=torch.int64)
