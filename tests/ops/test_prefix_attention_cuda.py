@@ -203,7 +203,7 @@ def with_prompt(args, prompt_rows):
 
 @pytest.mark.parametrize("prompt_rows, lengths, heads, mask, softcap", [
     (1, [5, 0, 66], (2, 1), {}, None), (70, [], (2, 2), {"window": 20}, None),
-    (10, [30, 0, 65], (4, 2), {"window": 20}, None), (17, [1] * 70, (2, 2), {}, None),
+    (10, [30, 0, 65], (4, 2), {"window": 20}, None), (17, [1] * 40, (16, 16), {}, None),  # more than splits
     (65, [3, 40], (3, 1), {"window": 9, "prefix_in_window": True}, None),
     (20, [2, 70], (2, 1), {"window": 30, "prefix_in_window": True}, 1.5),
 ])  # fmt: skip

@@ -94,8 +94,8 @@ class BackwardBlock {
   __device__ void run_keys(int first) {
     const int length = segment_.length, rows = length * group_;
     if (!problem_.tile_sees(0, length - 1, first)) return;  // a part of the prefix that is out of every row's window
-    const Keys<T> keys(call_.key, call_.prefix_key, segment_, head_, problem_.prefix_of(segment_));
-    const Keys<T> values(call_.value, call_.prefix_value, segment_, head_, problem_.prefix_of(segment_));
+    const Keys<T> keys(call_.key, call_.prefix_key, segment_, head_, problem_.prefix);
+    const Keys<T> values(call_.value, call_.prefix_value, segment_, head_, problem_.prefix);
     __syncthreads();  // the last tile has been read, and the sums are clear
     tiles_.key.begin_load(features_, [&](int r) { return first + r < length ? keys.at(first + r) : nullptr; });
     tiles_.value.begin_load(features_, [&](int r) { return first + r < length ? values.at(first + r) : nullptr; });

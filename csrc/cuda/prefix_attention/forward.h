@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T> call
   const Segment segment = problem.find_tile(blockIdx.x, kForwardRows, first_row);
   const int begin = segment.begin, length = segment.length, rows = length * group;
   if (first_row >= rows) return;
-  const Keys<T> keys(call.key, call.prefix_key, segment, kv_head, problem.prefix_of(segment));
-  const Keys<T> values(call.value, call.prefix_value, segment, kv_head, problem.prefix_of(segment));
+  const Keys<T> keys(call.key, call.prefix_key, segment, kv_head, problem.prefix);
+  const Keys<T> values(call.value, call.prefix_value, segment, kv_head, problem.prefix);
   const KeyTile<T, kFeatures> key_tile{static_cast<T*>(shared_memory())};
   const KeyTile<T, kFeatures> value_tile{key_tile.end()};
 

@@ -49,7 +49,7 @@ struct Segment {
   int index, begin, length, entry;
 };
 
-// The keys, or values, of one segment, its prefix and one head, by position.
+// The keys, or values, of one segment, its prefix (which nobody asks a prompt for) and one head, by position.
 template <typename T>
 struct Keys {
   const T *segment, *after_prefix;
