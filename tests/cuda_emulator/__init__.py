@@ -22,7 +22,7 @@ FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall", "-
 
 @functools.cache
 def load_emulated():
-    """torch.ops.fastprompt_emulated, with the operators of fastprompt's schemas. Builds for some 15 seconds."""
+    """torch.ops.fastprompt_emulated, with the operators of fastprompt's schemas. Builds for some 20 seconds."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip("the emulator needs a C++ compiler")

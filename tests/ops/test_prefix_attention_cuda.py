@@ -30,13 +30,18 @@ CASES = [
 ]
 
 
+def emulate(monkeypatch):
+    """Backend "native" for tensors on the CPU is the emulator from here on."""
+    emulated = load_emulated()
+    monkeypatch.setattr(native, "_forward", emulated.prefix_attention.default)
+    monkeypatch.setattr(native, "_backward", emulated.prefix_attention_backward.default)
+
+
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """Where tensors lie for `run` to take them to the kernels."""
     if request.param == "emulator":
-        emulated = load_emulated()
-        monkeypatch.setattr(native, "_forward", emulated.prefix_attention.default)
-        monkeypatch.setattr(native, "_backward", emulated.prefix_attention_backward.default)
+        emulate(monkeypatch)
         return "cpu"
     if not _native.available("cuda"):
         pytest.skip(_native.why_not("cuda"))
@@ -228,19 +233,20 @@ def test_prompt_rows(device, prompt_rows, lengths, heads, mask, softcap):
         assert error <= 2 * plain_error + torch.finfo(grad.dtype).eps * exactly.abs().max(), name
 
 
-def test_the_mask_of_dropout_is_that_of_the_cpu(device):
-    if device == "cuda":
-        pytest.skip("another generator draws the seed there")
+def test_the_mask_of_dropout_is_that_of_the_cpu(monkeypatch):
     args = inputs([70, 0, 30], 50, 128, (4, 2), dtype=torch.bfloat16)
-    assert torch.equal(kept(args, 3, output, dropout_p=0.4), kept(args, 3, dropout_p=0.4))
-    args = with_prompt(inputs([20, 70, 0, 30], 0, 128, (4, 2), 1, None, dtype=torch.bfloat16), 20)
+    prompted = with_prompt(inputs([20, 70, 0, 30], 0, 128, (4, 2), 1, None, dtype=torch.bfloat16), 20)
+    prompted |= {"prefix_key": None, "prefix_value": None, "prompt_rows": 20, "is_causal": True}
     unit = torch.eye(128, dtype=torch.bfloat16)[[*range(90), *range(20, 50)]]  # of each key a row sees, another
-    args["value"] = unit[:, None].expand(args["key"].shape)
-    masks = []
-    for attention, prefix in (output, {}), (prefix_attention, {"prefix_key": None, "prefix_value": None}):
+    prompted["value"] = unit[:, None].expand(prompted["key"].shape)
+
+    def masks():
         torch.manual_seed(3)
-        masks.append(attention(**(args | prefix), is_causal=True, prompt_rows=20, dropout_p=0.4) != 0)
-    assert torch.equal(*masks) and 0.5 < masks[0][-1, :, :50].double().mean() < 0.7
+        return prefix_attention(**prompted, dropout_p=0.4, backend="native") != 0, kept(args, 3, dropout_p=0.4)
+
+    of_cpu = masks()
+    emulate(monkeypatch)
+    assert all(map(torch.equal, of_cpu, masks())) and 0.5 < of_cpu[0][-1, :, :50].double().mean() < 0.7
 
 
 @pytest.mark.gpu
