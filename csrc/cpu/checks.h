@@ -17,15 +17,16 @@ inline void check_range(const Integers& values, int64_t count, int64_t bound, co
                               std::to_string(values[i]) + " at index " + std::to_string(i));
 }
 
-inline void check_segments(const int32_t* cu_seqlens, int64_t segments, int64_t rows) {
+inline void check_segments(const int32_t* cu_seqlens, int64_t segments, int64_t rows,
+                           const std::string& name = "cu_seqlens") {
   const auto got = [](int64_t value) { return ", got " + std::to_string(value); };
-  if (cu_seqlens[0] != 0) throw std::invalid_argument("cu_seqlens must begin at 0" + got(cu_seqlens[0]));
+  if (cu_seqlens[0] != 0) throw std::invalid_argument(name + " must begin at 0" + got(cu_seqlens[0]));
   if (cu_seqlens[segments] != rows)
-    throw std::invalid_argument("cu_seqlens must end at " + std::to_string(rows) + ", the number of packed rows" +
+    throw std::invalid_argument(name + " must end at " + std::to_string(rows) + ", the number of packed rows" +
                                 got(cu_seqlens[segments]));
   for (int64_t b = 0; b < segments; ++b)
     if (cu_seqlens[b + 1] < cu_seqlens[b])
-      throw std::invalid_argument("cu_seqlens must not decrease" + got(cu_seqlens[b + 1]) + " after " +
+      throw std::invalid_argument(name + " must not decrease" + got(cu_seqlens[b + 1]) + " after " +
                                   std::to_string(cu_seqlens[b]) + " at index " + std::to_string(b + 1));
 }
 

@@ -85,7 +85,7 @@ def check_number(value: float, argument: str, expected: str, fits: Callable[[flo
     return float(value)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True) -> int:
+def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True, argument: str = "cu_seqlens") -> int:
     """Check the bounds of packed segments and return their number B.
 
     Segment b is rows cu_seqlens[b]:cu_seqlens[b+1]; segments may be empty. The values are read only where that costs no
@@ -95,33 +95,34 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, read_values: bool = True) ->
         cu_seqlens: (B+1,) int32, from 0 to `rows`, non-decreasing.
         rows: number of packed rows T.
         read_values: False leaves the values to a native operator, which checks them itself.
+        argument: what the caller calls it.
 
     Raises:
         TypeError: not a tensor, or not int32.
         ValueError: another shape, or values that do not divide `rows` rows into segments.
     """
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+        raise TypeError(f"{argument} must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be torch.int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"{argument} must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"{argument} must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
     if read_values and _is_readable(cu_seqlens):
-        check_bounds(cu_seqlens.tolist(), rows)
+        check_bounds(cu_seqlens.tolist(), rows, argument)
     elif len(cu_seqlens) == 1 and rows:  # whatever is in it
-        raise ValueError(f"cu_seqlens must end at {rows}, the number of packed rows, got the bounds of no segment")
+        raise ValueError(f"{argument} must end at {rows}, the number of packed rows, got the bounds of no segment")
     return len(cu_seqlens) - 1
 
 
-def check_bounds(bounds: list[int], rows: int) -> None:
+def check_bounds(bounds: list[int], rows: int, argument: str = "cu_seqlens") -> None:
     """Raise a ValueError unless the values of cu_seqlens divide `rows` rows into segments."""
     if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must begin at 0, got {bounds[0]}")
+        raise ValueError(f"{argument} must begin at 0, got {bounds[0]}")
     if bounds[-1] != rows:
-        raise ValueError(f"cu_seqlens must end at {rows}, the number of packed rows, got {bounds[-1]}")
+        raise ValueError(f"{argument} must end at {rows}, the number of packed rows, got {bounds[-1]}")
     for b, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if end < begin:
-            raise ValueError(f"cu_seqlens must not decrease, got {end} after {begin} at index {b + 1}")
+            raise ValueError(f"{argument} must not decrease, got {end} after {begin} at index {b + 1}")
 
 
 def check_indices(indices: Tensor, bound: int, argument: str, read_values: bool = True) -> None:

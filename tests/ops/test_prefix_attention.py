@@ -29,6 +29,8 @@ SEEN = [(False, None, False), (True, None, False), (False, 3, False), (False, 0,
 SEEN += [(True, 5, False), (True, 1, True), (True, 2, True), (True, 40, True)]
 MASKS = [dict(zip(("is_causal", "window", "prefix_in_window"), options, strict=True)) for options in SEEN]
 
+ALL_SEEN = MASKS[0]
+
 # Every list of lengths under every mask; the rest drawn, with a seed that lets nearly all pairs of values meet.
 LENGTHS = [[1], [63], [97], [0, 5, 0, 0, 31, 1, 0], [4, 4, 4, 9], []]
 REST = [
@@ -98,27 +100,41 @@ def seen(rows, prefix, is_causal, window, prefix_in_window):
     return torch.tensor([[sees(i, j) for j in range(-prefix, rows)] for i in range(rows)])
 
 
-def attend(args, is_causal=False, scale=None, window=None, softcap=None, prefix_in_window=False):
+@functools.cache
+def column(rows, prefix, columns):
+    """Which column of a table of biases each row takes for each position: one by one."""
+    places = range(-prefix, rows)
+    return torch.tensor([[min(max(j - i + columns // 2, 0), columns - 1) for j in places] for i in range(rows)])
+
+
+def attend(args, is_causal=False, scale=None, window=None, softcap=None, prefix_in_window=False, relative_bias=None):
     """The definition, one segment and one head after the other: where it is, its q, k, v and scores, those seen."""
     query, key, value, prefix_key, prefix_value = (args[name] for name in NAMES)
     bounds, (_, heads, features), prefix = args["cu_seqlens"].tolist(), query.shape, prefix_key.shape[2]
+    key_bounds = args.get("cu_seqlens_k", args["cu_seqlens"]).tolist()
     for b, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        own = slice(*key_bounds[b : b + 2])
         n = 0 if args["prefix_index"] is None else int(args["prefix_index"][b])
         for h in range(heads if end > begin else 0):
             g = h // (heads // key.shape[1])
             q = query[begin:end, h]
-            k, v = (torch.cat([x[n, g], y[begin:end, g]]) for x, y in ((prefix_key, key), (prefix_value, value)))
+            k, v = (torch.cat([x[n, g], y[own, g]]) for x, y in ((prefix_key, key), (prefix_value, value)))
             score = (features**-0.5 if scale is None else scale) * (q @ k.T)
             score = score if softcap is None else softcap * torch.tanh(score / softcap)
-            mask = seen(end - begin, prefix, is_causal, window, prefix_in_window).to(query.device)
-            yield (slice(begin, end), h, n, g), (q, k, v, score), score.masked_fill(~mask, -torch.inf)
+            if relative_bias is not None:
+                score = score + relative_bias[h].to(score)[column(end - begin, prefix, relative_bias.shape[1])]
+            masked = score
+            if "cu_seqlens_k" not in args:
+                mask = seen(end - begin, prefix, is_causal, window, prefix_in_window).to(query.device)
+                masked = score.masked_fill(~mask, -torch.inf)
+            yield (slice(begin, end), h, n, g, own), (q, k, v, score), masked
 
 
 def expected(args, **options):
     """Output and log-sum-exp in the dtype of `args`."""
     query = args["query"]
     outs, lses = ([[start[:0, h]] for h in range(query.shape[1])] for start in (query, query[..., 0]))
-    for (_, h, _, _), (_, _, v, _), score in attend(args, **options):
+    for (_, h, *_), (_, _, v, _), score in attend(args, **options):
         outs[h].append(score.softmax(-1) @ v)
         lses[h].append(score.logsumexp(-1))
     return tuple(torch.stack([torch.cat(parts) for parts in heads], 1) for heads in (outs, lses))
@@ -133,8 +149,11 @@ def sums(args, grad, size=torch.abs, slack=0.0, scale=None, softcap=None, **opti
     """Output, log-sum-exp and gradients by their formulas, all terms through `size`, scores counting `slack` times."""
     scale = args["query"].shape[-1] ** -0.5 if scale is None else scale
     out, lse, total = 0 * grad, 0 * grad[..., 0], {name: torch.zeros_like(args[name]) for name in NAMES}
-    for (rows, h, n, g), (q, k, v, score), masked in attend(args, scale=scale, softcap=softcap, **options):
+    prefix = args["prefix_key"].shape[2]
+    for (rows, h, n, g, own), (q, k, v, score), masked in attend(args, scale=scale, softcap=softcap, **options):
         p, do, terms = masked.softmax(-1), grad[rows, h], slack * abs(scale) * (q.abs() @ k.abs().T)
+        if softcap is None:
+            terms += slack * (score - scale * q @ k.T).abs()  # the bias
         lse[rows, h] = size(masked.logsumexp(-1)) + (p * terms).sum(-1)
         # A weight is the exponential of a difference of two sums, which are rounded themselves.
         o, p = p @ v, p * (1 + terms + slack * lse[rows, h, None])
@@ -143,8 +162,8 @@ def sums(args, grad, size=torch.abs, slack=0.0, scale=None, softcap=None, **opti
         out[rows, h] = p @ size(v)
         total["query"][rows, h] = ds @ size(k)
         for kind, part in ("key", ds.T @ size(q)), ("value", p.T @ size(do)):
-            total["prefix_" + kind][n, g] += part[: len(part) - len(q)]
-            total[kind][rows, g] += part[len(part) - len(q) :]
+            total["prefix_" + kind][n, g] += part[:prefix]
+            total[kind][own, g] += part[prefix:]
     return out, lse, *total.values()
 
 
@@ -252,6 +271,9 @@ def test_opcheck_of_every_registered_operator(device, options):
             if BACKENDS[name](**where):
                 args = inputs(features=16, index=index, **where)
                 prefix_attention(**args, **options, backend=name).sum().backward()
+                if name == "native" and device == "cpu":
+                    for more in {"relative_bias": torch.randn(6, 5)}, {"cu_seqlens_k": args["cu_seqlens"]} | ALL_SEEN:
+                        prefix_attention(**args, **options | more, backend=name).sum().backward()
     names = (name for name in torch._C._dispatch_get_all_op_names() if "fastprompt::prefix_attention" in name)
     registered = {name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())}
     assert {func.name() for func, _, _ in recorder.calls} == registered

@@ -36,7 +36,7 @@ def kept(args, seed, run=native, **options):
 def expected(args, mask, dropout_p, **options):
     """The formula of the output with these weights kept."""
     outs = [[args["query"][:0, h]] for h in range(args["query"].shape[1])]
-    for (rows, h, _, _), (_, _, v, _), score in attend(args, **options):
+    for (rows, h, *_), (_, _, v, _), score in attend(args, **options):
         weight = score.softmax(-1) * mask[rows, h, : len(v)] / (1 - dropout_p)
         outs[h].append(weight.to(v.dtype) @ v)
     return torch.stack([torch.cat(parts) for parts in outs], 1)

@@ -78,8 +78,8 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
     Problem::Range panels[kBlockRows];  // of each tile
     for (int64_t index = 0; index < tiles; ++index) {
       const Tile t = tile(rows, index);
-      const Problem::Range top = visible(p, part, block.first + t.begin, segment.length, begin, keys);
-      const Problem::Range bottom = visible(p, part, block.first + t.begin + t.count - 1, segment.length, begin, keys);
+      const Problem::Range top = visible(p, part, block.first + t.begin, begin, keys);
+      const Problem::Range bottom = visible(p, part, block.first + t.begin + t.count - 1, begin, keys);
       const Problem::Range seen{top.begin, bottom.end};  // both bounds rise with the row
       panels[index] = {0, 0};
       if (seen.empty()) continue;
@@ -94,15 +94,19 @@ void backward_part(const Backward<T, A>& call, const Part<A>& part, const Block&
         A* const row = score + r * stride;
         A* const begun = row + from * kPanel<A>;
         const int64_t count = (to - from) * kPanel<A>;
+        const int64_t in_block = block.first + t.begin + r, group = p.group();
         if (p.softcap > 0) cap_row(p, begun, count);
-        const Problem::Range own = visible(p, part, block.first + t.begin + r, segment.length, begin, keys);
+        if (call.bias.table)
+          add_bias(call.bias, b.head * group + in_block % group,
+                   position(p, part) + begin + from * kPanel<A> - in_block / group, begun, count);
+        const Problem::Range own = visible(p, part, in_block, begin, keys);
         for (int64_t j = from * kPanel<A>; j < own.begin; ++j) row[j] = -__builtin_inf();
         for (int64_t j = own.end; j < to * kPanel<A>; ++j) row[j] = -__builtin_inf();
         const RowWeights<A> weights{unit,      b.peak[t.begin + r], b.norm[t.begin + r], b.delta[t.begin + r],
                                     with_grad, p.softcap > 0};
         A* const grad = grad_score + r * stride + from * kPanel<A>;
         if (p.softcap > 0 || p.dropout_p > 0)
-          weights.differentiate(begun, grad, count, RowDropout<A>(p, segment, b.head, block.first + t.begin + r),
+          weights.differentiate(begun, grad, count, RowDropout<A>(p, segment, b.head, in_block),
                                 first_place(p, part) + begin + from * kPanel<A>);
         else
           weights.differentiate(begun, grad, count);
@@ -139,14 +143,15 @@ template <typename T, typename A>
 void finish_segment(const Backward<T, A>& call, int64_t index, int64_t head, A* const* parts, int64_t count) {
   const Problem& p = call.problem;
   const Segment& segment = p.segments[index];
-  const int64_t rows = padded<A>(segment.length), size = segment_sum_size<A>(p, segment.length);
+  const int64_t rows = padded<A>(segment.key_length), size = segment_sum_size<A>(p, segment.key_length);
   for (int64_t n = 1; n < count; ++n)
     for (int64_t k = 0; k < 2 * size; k += kLanes<A>) vec(parts[0] + k) += vec(parts[n] + k);
-  for (int64_t j = 0; j < segment.length; ++j) {
+  for (int64_t j = 0; j < segment.key_length; ++j) {
     if (call.needs_key)
-      unpack_row<T, A>(parts[0], rows, j, p.dim, call.grad_key.at(segment.begin + j, head), static_cast<A>(p.scale));
+      unpack_row<T, A>(parts[0], rows, j, p.dim, call.grad_key.at(segment.key_begin + j, head),
+                       static_cast<A>(p.scale));
     if (call.needs_value)
-      unpack_row<T, A>(parts[0] + size, rows, j, p.dim, call.grad_value.at(segment.begin + j, head), A(1));
+      unpack_row<T, A>(parts[0] + size, rows, j, p.dim, call.grad_value.at(segment.key_begin + j, head), A(1));
   }
 }
 
@@ -200,12 +205,12 @@ void backward(const Backward<T, A>& call, int64_t head, int64_t split, const Blo
     parts[0].grad_key = call.needs_prefix_key ? sums : nullptr;
     parts[0].grad_value = call.needs_prefix_value ? sums + size : nullptr;
   }
-  const int64_t size = segment_sum_size<A>(p, segment.length);
+  const int64_t size = segment_sum_size<A>(p, segment.key_length);
   A* const sums = part ? part : packed + prefix_copies(true) * size;
-  if (call.needs_query || call.needs_key || call.needs_value) {
-    pack_keys<T, A>(call.key.at(segment.begin, head), call.key.row_stride, call.value.at(segment.begin, head),
-                    call.value.row_stride, 0, segment.length, segment.length, p.dim, true, packed);
-    parts[1] = packed_part(false, packed, segment.length, p.dim);
+  if (segment.key_length > 0 && (call.needs_query || call.needs_key || call.needs_value)) {
+    pack_keys<T, A>(call.key.at(segment.key_begin, head), call.key.row_stride, call.value.at(segment.key_begin, head),
+                    call.value.row_stride, 0, segment.key_length, segment.key_length, p.dim, true, packed);
+    parts[1] = packed_part(false, packed, segment.key_length, p.dim);
     __builtin_memset(sums, 0, 2 * size * sizeof(A));
     parts[1].grad_key = call.needs_key ? sums : nullptr;
     parts[1].grad_value = call.needs_value ? sums + size : nullptr;

@@ -30,10 +30,9 @@ inline Tile tile(int64_t rows, int64_t index) {
 
 // What of a chunk row `r` of the block's segment sees, counted from the chunk's beginning.
 template <typename A>
-inline Problem::Range visible(const Problem& problem, const Part<A>& part, int64_t r, int64_t length, int64_t begin,
-                              int64_t count) {
+inline Problem::Range visible(const Problem& problem, const Part<A>& part, int64_t r, int64_t begin, int64_t count) {
   const int64_t i = r / problem.group();
-  const Problem::Range range = part.is_prefix ? problem.prefix_keys(i) : problem.segment_keys(i, length);
+  const Problem::Range range = part.is_prefix ? problem.prefix_keys(i) : problem.segment_keys(i, part.keys);
   const auto clipped = [&](int64_t j) { return j < begin ? 0 : j - begin < count ? j - begin : count; };
   return {clipped(range.begin), clipped(range.end)};
 }
@@ -42,6 +41,12 @@ inline Problem::Range visible(const Problem& problem, const Part<A>& part, int64
 template <typename A>
 inline int64_t first_place(const Problem& problem, const Part<A>& part) {
   return part.is_prefix ? 0 : problem.prefix;
+}
+
+// Position of a part's first key, as its segment's rows count theirs from 0.
+template <typename A>
+inline int64_t position(const Problem& problem, const Part<A>& part) {
+  return part.is_prefix ? -problem.prefix : 0;
 }
 
 // score(tile, :) = query(tile, :) x keys^T for the transposed panels [first, last).

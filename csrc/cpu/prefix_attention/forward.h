@@ -59,9 +59,12 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
   A* const packed = sum + kBlockRows;
   Part<A> parts[2] = {};
   if (segment.entry >= 0) parts[0] = prefix_part(p, call.packed_prefix, segment.entry, head, false);
-  pack_keys<T, A>(call.key.at(segment.begin, head), call.key.row_stride, call.value.at(segment.begin, head),
-                  call.value.row_stride, 0, segment.length, segment.length, p.dim, false, packed);
-  parts[1] = packed_part(false, packed, segment.length, p.dim);
+  if (segment.key_length > 0) {
+    pack_keys<T, A>(call.key.at(segment.key_begin, head), call.key.row_stride, call.value.at(segment.key_begin, head),
+                    call.value.row_stride, 0, segment.key_length, segment.key_length, p.dim, false, packed);
+    parts[1] = packed_part(false, packed, segment.key_length, p.dim);
+  }
+  const bool blind = parts[0].keys + parts[1].keys == 0;  // no row sees any key
 
   for (const Block* block = first; block != last; ++block) {
     const int64_t rows = block->last - block->first;
@@ -78,9 +81,8 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
         const int64_t keys = part.keys - begin < chunk ? part.keys - begin : chunk;
         for (int64_t index = 0; index < tiles_of(rows); ++index) {
           const Tile t = tile(rows, index);
-          const Problem::Range top = visible(p, part, block->first + t.begin, segment.length, begin, keys);
-          const Problem::Range bottom =
-              visible(p, part, block->first + t.begin + t.count - 1, segment.length, begin, keys);
+          const Problem::Range top = visible(p, part, block->first + t.begin, begin, keys);
+          const Problem::Range bottom = visible(p, part, block->first + t.begin + t.count - 1, begin, keys);
           const Problem::Range seen{top.begin, bottom.end};  // both bounds rise with the row
           if (seen.empty()) continue;
           const int64_t from = seen.begin / kPanel<A>, to = padded<A>(seen.end) / kPanel<A>;
@@ -89,13 +91,17 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
             A* const row = score + r * stride;
             A* const begun = row + from * kPanel<A>;
             const int64_t count = (to - from) * kPanel<A>;
+            const int64_t in_block = block->first + t.begin + r;
             if (p.softcap > 0) cap_row(p, begun, count);
-            const Problem::Range own = visible(p, part, block->first + t.begin + r, segment.length, begin, keys);
+            if (call.bias.table)
+              add_bias(call.bias, head * group + in_block % group,
+                       position(p, part) + begin + from * kPanel<A> - in_block / group, begun, count);
+            const Problem::Range own = visible(p, part, in_block, begin, keys);
             for (int64_t j = from * kPanel<A>; j < own.begin; ++j) row[j] = -__builtin_inf();
             for (int64_t j = own.end; j < to * kPanel<A>; ++j) row[j] = -__builtin_inf();
             const A factor = soften(begun, count, unit, greatest[t.begin + r], sum[t.begin + r]);
             if (p.dropout_p > 0)
-              drop(RowDropout<A>(p, segment, head, block->first + t.begin + r), begun, count,
+              drop(RowDropout<A>(p, segment, head, in_block), begun, count,
                    first_place(p, part) + begin + from * kPanel<A>);
             if (factor != 1)
               for (int64_t d = 0; d < p.dim; d += kPanel<A>) {
@@ -110,7 +116,7 @@ void forward(const Forward<T, A>& call, int64_t head, const Block* first, const 
 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = segment.begin + (block->first + r) / group, h = head * group + (block->first + r) % group;
-      unpack_row<T, A>(out, rows, r, p.dim, call.out.at(i, h), kept_scale / sum[r]);
+      unpack_row<T, A>(out, rows, r, p.dim, call.out.at(i, h), blind ? A(0) : kept_scale / sum[r]);
       call.lse[i * p.heads + h] = static_cast<A>(greatest[r] * p.unit() + __builtin_log(sum[r]));
       call.peak_sum[i * p.heads + h] = {greatest[r], sum[r]};
     }

@@ -11,6 +11,7 @@ struct Forward {
   Problem problem;
   Rows<const T> query, key, value;
   Bank<const T> prefix_key, prefix_value;
+  RelativeBias<A> bias;
   A* packed_prefix;  // filled by pack_prefix
   Rows<T> out;
   A* lse;                // (rows, H)
@@ -22,6 +23,7 @@ struct Backward {
   Problem problem;
   Rows<const T> query, key, value, out, grad;
   Bank<const T> prefix_key, prefix_value;
+  RelativeBias<A> bias;
   A* packed_prefix;
   const PeakSum<A>* peak_sum;
   Rows<T> grad_query, grad_key, grad_value;  // of the segments' own rows

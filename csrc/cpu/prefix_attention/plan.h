@@ -33,44 +33,54 @@ struct Plan {
   std::vector<Segment> segments;
   std::vector<Block> blocks;  // of one key/value head; the same for each
   std::vector<int64_t> cuts;  // split s is blocks cuts[s]:cuts[s+1]
-  int64_t longest = 0;
+  int64_t longest = 0;        // of the segments' keys
 
   int64_t splits() const { return static_cast<int64_t>(cuts.size()) - 1; }
 };
 
-inline void add_segments(Plan& plan, const torch::stable::Tensor& cu_seqlens,
-                         const std::optional<torch::stable::Tensor>& prefix_index, int64_t rows, int64_t entries,
-                         int64_t prompt_rows) {
-  const int32_t* bounds = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t count = cu_seqlens.size(0) - 1;
-  check_segments(bounds, count, rows - prompt_rows);
+// Bounds of the segments, and how many rows they divide.
+struct Bounds {
+  torch::stable::Tensor query;
+  int64_t rows;
+  std::optional<torch::stable::Tensor> key;  // where they differ
+  int64_t key_rows;
+};
+
+inline void add_segments(Plan& plan, const Bounds& all, const std::optional<torch::stable::Tensor>& prefix_index,
+                         int64_t entries, int64_t prompt_rows) {
+  const int32_t* bounds = all.query.const_data_ptr<int32_t>();
+  const int32_t* key_bounds = all.key ? all.key->const_data_ptr<int32_t>() : bounds;
+  const int64_t count = all.query.size(0) - 1;
+  check_segments(bounds, count, all.rows - prompt_rows);
+  if (all.key) check_segments(key_bounds, count, all.key_rows, "cu_seqlens_k");
   if (prefix_index) check_range(Integers(*prefix_index), count, entries, "prefix_index");
-  if (prompt_rows) plan.segments.push_back({0, prompt_rows, -1});
+  if (prompt_rows) plan.segments.push_back({0, prompt_rows, 0, prompt_rows, -1});
   for (int64_t b = 0; b < count; ++b) {
     const int64_t entry = prefix_index ? Integers(*prefix_index)[b] : 0;
-    plan.segments.push_back({prompt_rows + bounds[b], bounds[b + 1] - bounds[b], entry});
+    plan.segments.push_back({prompt_rows + bounds[b], bounds[b + 1] - bounds[b], prompt_rows + key_bounds[b],
+                             key_bounds[b + 1] - key_bounds[b], entry});
   }
 }
 
-inline Plan make_plan(Problem& problem, const torch::stable::Tensor& cu_seqlens,
-                      const std::optional<torch::stable::Tensor>& prefix_index, int64_t rows, int64_t prompt_rows) {
+inline Plan make_plan(Problem& problem, const Bounds& bounds, const std::optional<torch::stable::Tensor>& prefix_index,
+                      int64_t prompt_rows) {
   Plan plan;
-  add_segments(plan, cu_seqlens, prefix_index, rows, problem.entries, prompt_rows);
+  add_segments(plan, bounds, prefix_index, problem.entries, prompt_rows);
   problem.segments = plan.segments.data();
   // Blocks as large as leaves each thread two of them.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t share = rows * problem.heads / (2 * threads);
+  const int64_t share = bounds.rows * problem.heads / (2 * threads);
   const int64_t block_rows = std::clamp((share + kTileRows - 1) / kTileRows * kTileRows, kBlockRows / 4, kBlockRows);
   std::vector<int64_t> cost{0};  // of the blocks so far, in rows times keys
   for (size_t s = 0; s < plan.segments.size(); ++s) {
     const Segment& segment = plan.segments[s];
-    plan.longest = std::max(plan.longest, segment.length);
+    plan.longest = std::max(plan.longest, segment.key_length);
     const int64_t group_rows = segment.length * problem.group();
     const int64_t count = (group_rows + block_rows - 1) / block_rows;
     for (int64_t n = 0; n < count; ++n) {
       const int64_t first = group_rows * n / count, last = group_rows * (n + 1) / count;
       plan.blocks.push_back({static_cast<int32_t>(s), static_cast<int32_t>(first), static_cast<int32_t>(last)});
-      const Problem::Range keys = problem.segment_keys((first + last) / 2 / problem.group(), segment.length);
+      const Problem::Range keys = problem.segment_keys((first + last) / 2 / problem.group(), segment.key_length);
       const int64_t prefix = segment.entry < 0 ? 0 : problem.prefix;
       cost.push_back(cost.back() + (last - first) * (keys.end - keys.begin + prefix + problem.dim / 8));
     }
@@ -140,7 +150,7 @@ class SharedSegments {
     const auto segment_at = [&](int64_t block) { return plan.blocks[block].segment; };
     const auto add = [&](int64_t segment) {
       const int64_t offset = size_;
-      size_ += 2 * kernels.segment_sum_size(problem, plan.segments[segment].length);
+      size_ += 2 * kernels.segment_sum_size(problem, plan.segments[segment].key_length);
       return offset;
     };
     const int64_t blocks = static_cast<int64_t>(plan.blocks.size());

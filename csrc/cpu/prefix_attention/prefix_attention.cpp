@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -46,49 +48,87 @@ template <typename T>
 Rows<T> new_rows_of(const Tensor& tensor) {
   return tensor.dim() == 3 ? Rows<T>{tensor.mutable_data_ptr<T>(), tensor.stride(0), tensor.stride(1)} : Rows<T>{};
 }
+
+// What a caller hands over, but for the gradient.
+struct Arguments {
+  const Tensor &query, &key, &value, &prefix_key, &prefix_value, &cu_seqlens;
+  const std::optional<Tensor>&prefix_index, &seed, &relative_bias, &cu_seqlens_k;
+  int64_t prompt_rows;
+  bool is_causal;
+  double scale;
+  int64_t window;
+  bool prefix_in_window;
+  double softcap, dropout_p;
+};
+
 // The inputs that forward and backward share, in the layout that the kernels read.
 struct Inputs {
   Tensor query, key, value, prefix_key, prefix_value;
+  std::optional<Tensor> relative_bias;
   int64_t prompt_rows;
   Problem problem;
   Plan plan;
 
   // The problem points into the plan: made once, not copied.
-  Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& prefix_key_,
-         const Tensor& prefix_value_, const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
-         const std::optional<Tensor>& seed, int64_t prompt_rows_, bool is_causal, double scale, int64_t window,
-         bool prefix_in_window, double softcap, double dropout_p)
-      : query(rows_contiguous(query_)),
-        key(rows_contiguous(key_)),
-        value(rows_contiguous(value_)),
-        prefix_key(rows_contiguous(prefix_key_)),
-        prefix_value(rows_contiguous(prefix_value_)),
-        prompt_rows(prompt_rows_),
+  explicit Inputs(const Arguments& given)
+      : query(rows_contiguous(given.query)),
+        key(rows_contiguous(given.key)),
+        value(rows_contiguous(given.value)),
+        prefix_key(rows_contiguous(given.prefix_key)),
+        prefix_value(rows_contiguous(given.prefix_value)),
+        relative_bias(given.relative_bias),
+        prompt_rows(given.prompt_rows),
         problem{} {
-    STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
-    STD_TORCH_CHECK(softcap >= 0, "softcap must be positive, or 0 for none, got ", softcap);
-    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
-    STD_TORCH_CHECK(seed.has_value() || dropout_p == 0, "seed must be given with dropout_p > 0");
+    STD_TORCH_CHECK(given.scale > 0, "scale must be positive, got ", given.scale);
+    STD_TORCH_CHECK(given.softcap >= 0, "softcap must be positive, or 0 for none, got ", given.softcap);
+    STD_TORCH_CHECK(given.dropout_p >= 0 && given.dropout_p < 1, "dropout_p must be in [0, 1), got ", given.dropout_p);
+    STD_TORCH_CHECK(given.seed.has_value() || given.dropout_p == 0, "seed must be given with dropout_p > 0");
+    STD_TORCH_CHECK(!given.cu_seqlens_k || !(given.is_causal || given.window >= 0 || prompt_rows || relative_bias),
+                    "cu_seqlens_k excludes is_causal, window, prompt_rows and relative_bias");
+    STD_TORCH_CHECK(!relative_bias || given.softcap == 0, "relative_bias excludes softcap");
     problem.heads = query.size(1);
     problem.kv_heads = key.size(1);
     problem.dim = query.size(2);
     problem.entries = prompt_rows ? 1 : prefix_key.size(0);
     problem.prefix = prompt_rows ? prompt_rows : prefix_key.size(2);
-    problem.is_causal = is_causal;
-    problem.prefix_in_window = prefix_in_window;
-    problem.window = window;
-    problem.scale = scale;
-    problem.softcap = softcap;
-    problem.dropout_p = dropout_p;
-    problem.seed = seed ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
-    std::optional<Tensor> index;
-    if (prefix_index) index = as_contiguous(*prefix_index);
-    plan = make_plan(problem, as_contiguous(cu_seqlens), index, query.size(0), prompt_rows);
+    problem.is_causal = given.is_causal;
+    problem.prefix_in_window = given.prefix_in_window;
+    problem.window = given.window;
+    problem.scale = given.scale;
+    problem.softcap = given.softcap;
+    problem.dropout_p = given.dropout_p;
+    problem.seed = given.seed ? static_cast<uint64_t>(*given.seed->const_data_ptr<int64_t>()) : 0;
+    const auto contiguous = [](const std::optional<Tensor>& tensor) {
+      return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
+    };
+    const Bounds bounds{as_contiguous(given.cu_seqlens), query.size(0), contiguous(given.cu_seqlens_k), key.size(0)};
+    plan = make_plan(problem, bounds, contiguous(given.prefix_index), prompt_rows);
   }
   Inputs(const Inputs&) = delete;
 
-  template <typename T, typename Call>
-  void hand_to(Call& call) const {
+  // The memory of a table of biases, for hand_to; see RelativeBias. Finite ones stay finite in units of the scale.
+  template <typename A>
+  Buffer<A> bias_table() const {
+    if (!relative_bias) return allocate<A>(0);
+    const int64_t columns = relative_bias->size(1), row = columns + 2 * kBiasPad;
+    STD_TORCH_CHECK(relative_bias->size(0) == problem.heads && columns % 2 == 1, "relative_bias must be (",
+                    problem.heads, ", R), R odd, got (", relative_bias->size(0), ", ", columns, ")");
+    const A* const given = relative_bias->const_data_ptr<A>();
+    const double most = std::numeric_limits<A>::max();
+    Buffer<A> table = allocate<A>(problem.heads * row);
+    for (int64_t h = 0; h < problem.heads; ++h)
+      for (int64_t c = 0; c < row; ++c) {
+        const int64_t column = std::clamp<int64_t>(c - kBiasPad, 0, columns - 1);
+        const double bias = given[h * relative_bias->stride(0) + column * relative_bias->stride(1)];
+        const double scaled = bias / problem.scale;
+        table[h * row + c] = static_cast<A>(std::isfinite(bias) ? std::clamp(scaled, -most, most) : bias);
+      }
+    return table;
+  }
+
+  template <typename T, typename Call, typename A>
+  void hand_to(Call& call, const Buffer<A>& bias) const {
+    call.bias = {relative_bias ? bias.get() : nullptr, relative_bias ? relative_bias->size(1) : 0};
     call.problem = problem;
     call.query = rows_of<T>(query);
     call.key = rows_of<T>(key);
@@ -105,14 +145,9 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                           const Tensor& prefix_key, const Tensor& prefix_value,
-                                           const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
-                                           const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
-                                           double scale, int64_t window, bool prefix_in_window, double softcap,
-                                           double dropout_p) {
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
-                      is_causal, scale, window, prefix_in_window, softcap, dropout_p);
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Arguments& given) {
+  const Inputs inputs(given);
+  const Tensor& query = given.query;
   const Problem& problem = inputs.problem;
   const Plan& plan = inputs.plan;
   const int64_t rows = query.size(0);
@@ -126,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
     using A = accumulate_t<T>;
     const Kernels<T, A> kernels = choose_kernels<T>();
     Forward<T, A> call{};
-    inputs.hand_to<T>(call);
+    const Buffer<A> bias = inputs.bias_table<A>();
+    inputs.hand_to<T>(call, bias);
     call.out = new_rows_of<T>(out);
     call.lse = lse.mutable_data_ptr<A>();
     call.peak_sum = reinterpret_cast<PeakSum<A>*>(peak_sum.mutable_data_ptr<A>());
@@ -146,56 +182,60 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   return {out, lse, peak_sum};
 }
 
-Tensor gradient_like(const Tensor& tensor, bool wanted) {
+Tensor gradient_like(const Tensor& tensor, bool wanted, bool zero = false) {
   if (!wanted) return empty_as(tensor, {0});
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
-  return empty_as(tensor, sizes);
+  return zero ? zeros_as(tensor, sizes) : empty_as(tensor, sizes);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
-    const Tensor& prefix_value, const Tensor& out, const Tensor& peak_sum, const Tensor& cu_seqlens,
-    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
-    double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p, bool needs_query,
-    bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
+struct Needs {
+  bool query, key, value, prefix_key, prefix_value;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_, const Arguments& given,
+                                                                const Tensor& out, const Tensor& peak_sum,
+                                                                const Needs& needs) {
   const Tensor grad = rows_contiguous(grad_);
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
-                      is_causal, scale, window, prefix_in_window, softcap, dropout_p);
+  const Inputs inputs(given);
   const Problem& problem = inputs.problem;
   const Plan& plan = inputs.plan;
+  const int64_t prompt_rows = given.prompt_rows;
 
-  Tensor grad_query = gradient_like(query, needs_query), grad_key = gradient_like(key, needs_key);
-  Tensor grad_value = gradient_like(value, needs_value);
-  Tensor grad_prefix_key = gradient_like(prefix_key, needs_prefix_key);
-  Tensor grad_prefix_value = gradient_like(prefix_value, needs_prefix_value);
-  dispatch_double_float_bfloat16(query.scalar_type(), "prefix_attention", [&](auto zero) {
+  const bool has_idle = given.cu_seqlens_k.has_value();  // there may be keys whose segment has no row
+  Tensor grad_query = gradient_like(given.query, needs.query);
+  Tensor grad_key = gradient_like(given.key, needs.key, has_idle);
+  Tensor grad_value = gradient_like(given.value, needs.value, has_idle);
+  Tensor grad_prefix_key = gradient_like(given.prefix_key, needs.prefix_key);
+  Tensor grad_prefix_value = gradient_like(given.prefix_value, needs.prefix_value);
+  dispatch_double_float_bfloat16(given.query.scalar_type(), "prefix_attention", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
     const Kernels<T, A> kernels = choose_kernels<T>();
     Backward<T, A> call{};
-    inputs.hand_to<T>(call);
+    const Buffer<A> bias = inputs.bias_table<A>();
+    inputs.hand_to<T>(call, bias);
     call.out = rows_of<T>(out);
     call.grad = rows_of<T>(grad);
     call.peak_sum = reinterpret_cast<const PeakSum<A>*>(peak_sum.const_data_ptr<A>());
     call.grad_query = new_rows_of<T>(grad_query);
     call.grad_key = new_rows_of<T>(grad_key);
     call.grad_value = new_rows_of<T>(grad_value);
-    call.needs_query = needs_query;
-    call.needs_key = needs_key;
-    call.needs_value = needs_value;
+    call.needs_query = needs.query;
+    call.needs_key = needs.key;
+    call.needs_value = needs.value;
     call.add_prefix = prompt_rows > 0;
     if (prompt_rows) {
-      call.needs_prefix_key = needs_key;
-      call.needs_prefix_value = needs_value;
+      call.needs_prefix_key = needs.key;
+      call.needs_prefix_value = needs.value;
       call.grad_prefix_key = {call.grad_key.data, 0, call.grad_key.head_stride, call.grad_key.row_stride};
       call.grad_prefix_value = {call.grad_value.data, 0, call.grad_value.head_stride, call.grad_value.row_stride};
     } else {
       const auto bank = [](const Tensor& t) {
         return t.dim() == 4 ? Bank<T>{t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)} : Bank<T>{};
       };
-      call.needs_prefix_key = needs_prefix_key;
-      call.needs_prefix_value = needs_prefix_value;
+      call.needs_prefix_key = needs.prefix_key;
+      call.needs_prefix_value = needs.prefix_value;
       call.grad_prefix_key = bank(grad_prefix_key);
       call.grad_prefix_value = bank(grad_prefix_value);
     }
@@ -222,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                       scratch.get());
                    });
     });
-    if (needs_key || needs_value)
+    if (needs.key || needs.value)
       torch::stable::parallel_for(0, problem.kv_heads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head)
           shared.for_each(head, [&](int64_t segment, const std::vector<A*>& parts) {
@@ -235,10 +275,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
 }
 
+// The operators: with what only the CPU has so far, and without.
+std::tuple<Tensor, Tensor, Tensor> forward_extended(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key, const Tensor& prefix_value,
+    const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& cu_seqlens_k, int64_t prompt_rows,
+    bool is_causal, double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p) {
+  return run_forward({query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, relative_bias,
+                      cu_seqlens_k, prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p});
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const Tensor& prefix_key, const Tensor& prefix_value,
+                                           const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
+                                           const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
+                                           double scale, int64_t window, bool prefix_in_window, double softcap,
+                                           double dropout_p) {
+  return forward_extended(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, {}, {},
+                          prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_extended(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
+    const Tensor& prefix_value, const Tensor& out, const Tensor& peak_sum, const Tensor& cu_seqlens,
+    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& cu_seqlens_k, int64_t prompt_rows,
+    bool is_causal, double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p,
+    bool needs_query, bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
+  return run_backward(grad,
+                      {query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, relative_bias,
+                       cu_seqlens_k, prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p},
+                      out, peak_sum, {needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
+    const Tensor& prefix_value, const Tensor& out, const Tensor& peak_sum, const Tensor& cu_seqlens,
+    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
+    double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p, bool needs_query,
+    bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
+  return backward_extended(grad, query, key, value, prefix_key, prefix_value, out, peak_sum, cu_seqlens, prefix_index,
+                           seed, {}, {}, prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p,
+                           needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value);
+}
+
 }  // namespace
 }  // namespace fastprompt::prefix_attention
 
 STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, library) {
   library.impl("prefix_attention", TORCH_BOX(&fastprompt::prefix_attention::forward));
   library.impl("prefix_attention_backward", TORCH_BOX(&fastprompt::prefix_attention::backward));
+  library.impl("prefix_attention.extended", TORCH_BOX(&fastprompt::prefix_attention::forward_extended));
+  library.impl("prefix_attention_backward.extended", TORCH_BOX(&fastprompt::prefix_attention::backward_extended));
 }

@@ -12,10 +12,12 @@ constexpr int64_t kPrefixCacheBytes = 512 * 1024;  // what the prefixes of all h
 constexpr int64_t kTileRows = 6;                   // rows of a register tile
 constexpr int64_t kChunkElements = 16384;          // of a chunk of keys: 64 KB in float32, several of which stay in L2
 
-// Rows of one tensor for one (segment, head): element (i, d) is data[i * row + d].
+constexpr int64_t kBiasPad = 16;  // columns by which a table of biases goes on at both ends: a vector
+
 struct Segment {
-  int64_t begin, length;
-  int64_t entry;  // of the prefix bank; -1: it reads none
+  int64_t begin, length;          // rows of the query
+  int64_t key_begin, key_length;  // rows of key and value: the same, but in cross-attention
+  int64_t entry;                  // of the prefix bank; -1: it reads none
 };
 
 // Query rows of a segment for one key/value head, i-major: row r is position r / group, head r % group of the group.
@@ -67,6 +69,14 @@ struct Problem {
     }
     return {begin < prefix ? begin : prefix, prefix};
   }
+};
+
+// What scores get by the distance from query to key, in Problem::scale: (heads, columns), each row with its first and
+// last value kBiasPad times more before and after it.
+template <typename A>
+struct RelativeBias {
+  const A* table;   // null: none
+  int64_t columns;  // odd, distance 0 in the middle
 };
 
 // A (rows, heads, D) tensor whose features are contiguous.

@@ -1,4 +1,4 @@
-// What a softcap makes of scores, and which weights dropout keeps. Included like tiles.h.
+// What a softcap makes of scores, what a bias adds to them, and which weights dropout keeps. Included like tiles.h.
 
 // tanh(x); NaN stays NaN. 1 - 2 / (e^2x + 1) cancels near 0, the polynomial does not.
 inline V<float> tanh_of(V<float> x) {
@@ -25,6 +25,17 @@ inline void cap_row(const Problem& problem, A* product, int64_t count) {
   // In this order nothing but infinity, whose tanh is 1, comes of numbers at the edges of the range.
   const A scale = static_cast<A>(problem.scale), inverse = static_cast<A>(1 / problem.softcap);
   for (int64_t j = 0; j < count; j += kLanes<A>) vec(product + j) = tanh_of(vec(product + j) * scale * inverse);
+}
+
+// Adds the biases of query head `head` to products of one row with keys, the first of them at `distance`.
+template <typename A>
+inline void add_bias(const RelativeBias<A>& bias, int64_t head, int64_t distance, A* product, int64_t count) {
+  const A* const row = bias.table + head * (bias.columns + 2 * kBiasPad) + kBiasPad;
+  int64_t column = distance + bias.columns / 2;
+  for (int64_t j = 0; j < count; j += kLanes<A>, column += kLanes<A>) {
+    const int64_t from = column < -kBiasPad ? -kBiasPad : column < bias.columns ? column : bias.columns;
+    vec(product + j) += load_as<A, A>(row + from);
+  }
 }
 
 // Dropout of one row.

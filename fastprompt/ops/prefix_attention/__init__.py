@@ -43,6 +43,8 @@ def prefix_attention(
     softcap: float | None = None,
     prefix_in_window: bool = False,
     dropout_p: float = 0.0,
+    relative_bias: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -50,7 +52,8 @@ def prefix_attention(
 
     Row i of segment b attends to all P positions of its prefix and to the rows j of its own segment (j <= i if causal).
     With s_ij = scale * q_i . k_j over prefix and segment together, o_i = sum_j softmax_j(s_ij) v_j. The gradient of the
-    prefix is summed over all rows of all segments that read it and over the query heads that share its head.
+    prefix is summed over all rows of all segments that read it and over the query heads that share its head. A row
+    without any key (of `cu_seqlens_k`, with P = 0) has output 0 and log-sum-exp -infinity.
 
     Args:
         query: (T, H, D), the rows of all segments one after the other, any floating dtype.
@@ -68,22 +71,33 @@ def prefix_attention(
         softcap: c, scores become c * tanh(s / c).
         prefix_in_window: the prefix stands at positions -P..-1 under the window; by default every row sees it all.
         dropout_p: probability with which attention weights are dropped (and the rest scaled up).
+        relative_bias: (H, R), R odd, any floating dtype, on query's device: of each query head, what is added to the
+            scaled score of a key at distance d = key's position - query's position, in column d + R // 2; distances
+            beyond the table take its first or last column. Positions count from 0 in each segment, and the prefix (or
+            the prompt of `prompt_rows`) stands at -P..-1 before it, as after PEFT's past keys. T5's buckets, spread out
+            over the distances, or ALiBi's slope * d. It is frozen (it must not require grad) and excludes softcap.
+        cu_seqlens_k: (B+1,) int32, on query's device, for cross-attention: key and value are (Tk, Hkv, D), and segment
+            b attends to their rows cu_seqlens_k[b]:cu_seqlens_k[b+1], all of them. Empty segments may be on either
+            side. It excludes is_causal, window, prompt_rows and relative_bias.
         return_lse: also return the log-sum-exp of the scores, (T, H) float32 (float64 for float64), not differentiable.
         backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
             multiple of 16 up to 128, on GPUs), "triton" (GPUs), "cpu" (PyTorch's flash kernels, CPU only, no softcap,
             no dropout) or "reference". Only the last has second derivatives; another raises a RuntimeError where one is
-            asked for.
+            asked for. `relative_bias` and `cu_seqlens_k` are for "native" on the CPU and for "reference".
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
 
     Raises:
-        TypeError: cu_seqlens or prefix_index of another dtype, an option that is no number.
+        TypeError: cu_seqlens, cu_seqlens_k or prefix_index of another dtype, relative_bias no tensor, an option that is
+            no number.
         ValueError: a shape, dtype, device or option that does not fit.
         IndexError: a value of prefix_index out of range (on the CPU; on a GPU values are not read on the host).
             All name the argument, before anything is computed.
     """
     prompt_rows = _integer("prompt_rows", prompt_rows)
+    if cu_seqlens_k is not None:
+        _check_cross_attention(is_causal, window, prompt_rows, relative_bias)
     window = None if window is None else _window(window, is_causal)
     scale = None if scale is None else _scale(scale)
     softcap = None if softcap is None else _softcap(softcap)
@@ -94,32 +108,40 @@ def prefix_attention(
         prefix_key, prefix_value = _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_causal)
     elif prefix_key is None or prefix_value is None:
         raise ValueError("prefix_key and prefix_value must be given, or prompt_rows, got None and 0")
-    backend = _choose(backend, query, softcap, dropout_p)
-    _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, backend != "native")
+    backend = _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k)
+    _check(query, key, value, prefix_key, prefix_value, cu_seqlens_k is not None)
+    if relative_bias is not None:
+        _check_relative_bias(relative_bias, query, softcap)
+    read = backend != "native"  # which checks values itself
+    _check_segments(query, key, prefix_key, cu_seqlens, cu_seqlens_k, prefix_index, prompt_rows, read)
     query, scale = _with_positive_scale(query, scale)
     options = is_causal, scale, window, softcap, prefix_in_window, dropout_p
     if backend == "native" and query.device.type == "cpu":
         result = native.prefix_attention(
-            query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options, prompt_rows
+            *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
+            *(*options, prompt_rows, relative_bias, cu_seqlens_k),
         )
     elif prompt_rows and backend not in ("native", "triton"):
-        result = _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options)
+        result = _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options, relative_bias)
     else:
         tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
-        result = _run(backend, *tensors, *options, prompt_rows=prompt_rows)
+        others = dict(prompt_rows=prompt_rows, relative_bias=relative_bias, cu_seqlens_k=cu_seqlens_k)
+        result = _run(backend, *tensors, *options, **others)
     return result if return_lse else result[0]
 
 
-def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p: float) -> str:
+def _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k) -> str:
     """The backend that runs: the fastest that can, or the one asked for."""
     device, plain = query.device.type, softcap is None and dropout_p == 0
+    few = {"relative_bias": relative_bias, "cu_seqlens_k": cu_seqlens_k}  # what few backends have
+    few = next((name for name, tensor in few.items() if tensor is not None), None)
     if backend is None:
         if device == "cpu" and _native.available("cpu") and query.dtype in NATIVE_DTYPES["cpu"]:
             return "native"
-        if device == "cpu" and plain:
+        if device == "cpu" and plain and not few:
             return "cpu"
         # Not "native": it should win where segments are short, but neither has been measured on a GPU yet.
-        return "triton" if device == "cuda" and _why_not_triton(query) is None else "reference"
+        return "triton" if device == "cuda" and not few and _why_not_triton(query) is None else "reference"
     devices = {"native": tuple(NATIVE_DTYPES), "cpu": ("cpu",)}.get(backend, (device,))
     if device not in devices:
         raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(devices)}, got {query.device}")
@@ -128,6 +150,8 @@ def _choose(backend: str | None, query: Tensor, softcap: float | None, dropout_p
             f"backend {backend!r} needs no softcap and no dropout on {device}, "
             f"got softcap={softcap}, dropout_p={dropout_p}"
         )
+    if few and (backend in ("triton", "cpu") or (backend == "native" and device != "cpu")):
+        raise ValueError(f"backend {backend!r} has no {few} on {device}; 'reference' has")
     if backend == "native" and (reason := _why_not_native(query)):
         raise ValueError(f"backend 'native' {reason}")
     if backend == "triton" and (reason := _why_not_triton(query)):
@@ -200,8 +224,8 @@ def _why_not_triton(query: Tensor) -> str | None:
     return triton.why_not(query)
 
 
-def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options, prompt_rows=0):
-    tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
+def _run(backend, *inputs, prompt_rows=0, relative_bias=None, cu_seqlens_k=None) -> tuple[Tensor, Tensor]:
+    tensors, options = inputs[:7], inputs[7:]
     if backend == "triton":
         from . import triton  # here, not at the top: it imports the package triton
 
@@ -210,20 +234,26 @@ def _run(backend, query, key, value, prefix_key, prefix_value, cu_seqlens, prefi
         return native.prefix_attention(*tensors, *options, prompt_rows)
     if backend == "cpu":
         is_causal, scale, window, _, prefix_in_window, _ = options
-        return cpu.prefix_attention(query, *tensors[1:], is_causal, scale, window, prefix_in_window)
-    output, lse = reference.prefix_attention(*tensors, *options)
+        return cpu.prefix_attention(*tensors, is_causal, scale, window, prefix_in_window)
+    output, lse = reference.prefix_attention(*tensors, *options, relative_bias, cu_seqlens_k)
     return output, lse.detach()
 
 
-def _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options) -> tuple[Tensor, Tensor]:
+def _in_two_calls(
+    backend, query, key, value, cu_seqlens, prompt_rows, options, relative_bias=None
+) -> tuple[Tensor, Tensor]:
     """The prompt's rows and the text's apart, where the backend does not take both at once."""
     own, text = slice(None, prompt_rows), slice(prompt_rows, None)
     bounds = cu_seqlens.new_zeros(2)
     bounds[1:].fill_(prompt_rows)  # where the others are: on the device, nobody waits, and fakes stay fakes
     nothing = key.new_empty(1, key.shape[1], 0, key.shape[2])
-    first = _run(backend, query[own], key[own], value[own], nothing, nothing, bounds, None, *options)
+    first = _run(
+        backend, query[own], key[own], value[own], nothing, nothing, bounds, None, *options, relative_bias=relative_bias
+    )
     prefix = (x[own].transpose(0, 1).unsqueeze(0) for x in (key, value))
-    second = _run(backend, query[text], key[text], value[text], *prefix, cu_seqlens, None, *options)
+    second = _run(
+        backend, query[text], key[text], value[text], *prefix, cu_seqlens, None, *options, relative_bias=relative_bias
+    )
     return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
 
@@ -238,7 +268,37 @@ def _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_cau
     return nothing, nothing
 
 
-def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, prompt_rows, read) -> None:
+def _check_relative_bias(relative_bias: Tensor, query: Tensor, softcap: float | None) -> None:
+    if not isinstance(relative_bias, Tensor):
+        raise TypeError(f"relative_bias must be a tensor, got {type(relative_bias).__name__}")
+    shape, heads = tuple(relative_bias.shape), query.shape[1]
+    if len(shape) != 2 or shape[0] != heads or shape[1] % 2 == 0 or not relative_bias.is_floating_point():
+        raise ValueError(
+            f"relative_bias must be ({heads}, R), one row a query head and R odd, floating point, "
+            f"got {shape}, {relative_bias.dtype}"
+        )
+    if relative_bias.device != query.device:
+        raise ValueError(f"relative_bias must be on {query.device}, where query is, got {relative_bias.device}")
+    if relative_bias.requires_grad:
+        raise ValueError("relative_bias must be frozen, since it gets no gradient, got one that requires grad")
+    if softcap is not None:
+        raise ValueError(f"softcap must be None with relative_bias, got {softcap}")
+
+
+def _check_cross_attention(is_causal, window, prompt_rows, relative_bias) -> None:
+    shape = None if relative_bias is None else tuple(relative_bias.shape)
+    given = {
+        "is_causal": is_causal or None,
+        "window": window,
+        "prompt_rows": prompt_rows or None,
+        "relative_bias": shape,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} must not be given with cu_seqlens_k, got {value}")
+
+
+def _check(query, key, value, prefix_key, prefix_value, is_cross) -> None:
     named = {"key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
     if query.ndim != 3 or 0 in query.shape[1:] or not query.is_floating_point():
         raise ValueError(
@@ -252,13 +312,15 @@ def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
         )
     kv_heads = key.shape[1]
     entries, _, prefix, _ = prefix_key.shape
-    if rows * heads > LARGEST:
-        raise ValueError(f"query must have at most {LARGEST} rows times heads, got {rows} times {heads}")
+    own_rows = len(key) if is_cross else rows
+    for name, count in ("query", rows), ("key", own_rows):
+        if count * heads > LARGEST:
+            raise ValueError(f"{name} must have at most {LARGEST} rows times heads, got {count} times {heads}")
     if prefix > LARGEST:
         raise ValueError(f"prefix_key must be of at most {LARGEST} rows, got {prefix}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {kv_heads}")
-    token_shape, prefix_shape = (rows, kv_heads, features), (entries, kv_heads, prefix, features)
+    token_shape, prefix_shape = (own_rows, kv_heads, features), (entries, kv_heads, prefix, features)
     for name, tensor in named.items():
         expected = token_shape if name in ("key", "value") else prefix_shape
         if tensor.shape != expected:
@@ -269,13 +331,22 @@ def _check(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
             )
     if entries == 0:
         raise ValueError("prefix_key must hold at least one prefix (of length 0 if need be), got a bank of none")
-    segments = check_cu_seqlens(cu_seqlens, rows - prompt_rows, read)
+
+
+def _check_segments(query, key, prefix_key, cu_seqlens, cu_seqlens_k, prefix_index, prompt_rows, read) -> None:
+    segments = check_cu_seqlens(cu_seqlens, len(query) - prompt_rows, read)
     if cu_seqlens.device != query.device:
         raise ValueError(f"cu_seqlens must be on {query.device}, where query is, got {cu_seqlens.device}")
+    if cu_seqlens_k is not None:
+        count = check_cu_seqlens(cu_seqlens_k, len(key), read, "cu_seqlens_k")
+        if count != segments:
+            raise ValueError(f"cu_seqlens_k must be ({segments + 1},), as cu_seqlens is, got ({count + 1},)")
+        if cu_seqlens_k.device != query.device:
+            raise ValueError(f"cu_seqlens_k must be on {query.device}, where query is, got {cu_seqlens_k.device}")
     if prefix_index is None:
         return
     if prefix_index.shape != (segments,):
         raise ValueError(f"prefix_index must be ({segments},), one a segment, got {tuple(prefix_index.shape)}")
     if prefix_index.device != query.device:
         raise ValueError(f"prefix_index must be on {query.device}, where query is, got {prefix_index.device}")
-    check_indices(prefix_index, entries, "prefix_index", read)
+    check_indices(prefix_index, len(prefix_key), "prefix_index", read)

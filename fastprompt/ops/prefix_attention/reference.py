@@ -24,6 +24,14 @@ def visible(
     return seen
 
 
+def biases(relative_bias: Tensor, rows: int, prefix: int) -> Tensor:
+    """(H, rows, prefix + rows): what each score of a segment gets, by the distance from query to key."""
+    i = torch.arange(rows, device=relative_bias.device)[:, None]
+    j = torch.arange(-prefix, rows, device=relative_bias.device)[None, :]
+    columns = relative_bias.shape[1]
+    return relative_bias[:, (j - i + columns // 2).clamp(0, columns - 1)]
+
+
 def prefix_attention(
     query: Tensor,
     key: Tensor,
@@ -38,6 +46,8 @@ def prefix_attention(
     softcap: float | None,
     prefix_in_window: bool,
     dropout_p: float,
+    relative_bias: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     group = query.shape[1] // key.shape[1]
     accumulate = torch.promote_types(query.dtype, torch.float32)
@@ -47,15 +57,20 @@ def prefix_attention(
         return query + nothing, query.new_empty(query.shape[:2], dtype=accumulate)
     outputs, lses = [query[:0] + nothing], [query.new_empty((0, query.shape[1]), dtype=accumulate)]
     which = [0] * (len(cu_seqlens) - 1) if prefix_index is None else prefix_index.tolist()
-    for n, (begin, end) in zip(which, pairwise(cu_seqlens.tolist()), strict=True):
-        q = query[begin:end]  # (L, H, D)
-        k = torch.cat([prefix_key[n].transpose(0, 1), key[begin:end]]).repeat_interleave(group, 1)  # (P + L, H, D)
-        v = torch.cat([prefix_value[n].transpose(0, 1), value[begin:end]]).repeat_interleave(group, 1)
+    bounds = cu_seqlens.tolist()
+    key_bounds = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    for n, (begin, end), own in zip(which, pairwise(bounds), pairwise(key_bounds), strict=True):
+        q, own = query[begin:end], slice(*own)  # (L, H, D)
+        k = torch.cat([prefix_key[n].transpose(0, 1), key[own]]).repeat_interleave(group, 1)  # (P + Lk, H, D)
+        v = torch.cat([prefix_value[n].transpose(0, 1), value[own]]).repeat_interleave(group, 1)
         score = scale * torch.einsum("ihd,jhd->hij", q, k).to(accumulate)
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        seen = visible(end - begin, prefix_key.shape[2], is_causal, window, prefix_in_window, query.device)
-        score = score.masked_fill(~seen, -torch.inf)
+        if relative_bias is not None:
+            score = score + biases(relative_bias, end - begin, prefix_key.shape[2]).to(accumulate)
+        if cu_seqlens_k is None:
+            seen = visible(end - begin, prefix_key.shape[2], is_causal, window, prefix_in_window, query.device)
+            score = score.masked_fill(~seen, -torch.inf)
         weight = F.dropout(score.softmax(-1), dropout_p).to(v.dtype)
         outputs.append(torch.einsum("hij,jhd->ihd", weight, v))
         lses.append(score.logsumexp(-1).T)
