@@ -89,7 +89,8 @@ def compare(
     exactly = partial(_exact, reference, wants=wants, grads=grads)
     want, slack = exactly(values), _slack(exactly, partial(_all_of, reference, wants=wants, grads=grads), values)
     eps = torch.finfo(next(iter(tensors.values())).dtype).eps
-    greatest = max(_gap(x, 0) for x in (*want.values(), *grads))
+    finite = (x.nan_to_num(posinf=0, neginf=0) for x in (*want.values(), *grads))
+    greatest = max(_gap(x, 0) for x in finite)
     for label, ours in got.items():
         assert ours.shape == want[label].shape, label
         assert torch.equal(ours.isnan(), want[label].isnan()), f"{label}: NaN in one and not in the other"

@@ -100,28 +100,41 @@ INDICES = st.sampled_from([None, torch.int32, torch.int64])
     window=st.one_of(st.none(), st.integers(0, 12), HUGE),
     scale=st.one_of(st.none(), st.floats(-2, 2)),
     softcap=st.one_of(st.none(), st.floats(0.5, 50)),
+    bias=st.one_of(st.none(), st.tuples(st.sampled_from([1, 3, 15, 101]), layouts)),
+    keys=st.one_of(st.none(), lengths),
     in_window=st.booleans(),
     prompt_rows=st.integers(0, 9),
     size=st.sampled_from([1.0, 0.01, 5.0]),
 )
 def attention(
     backend, dtype, how, segments, heads, features, prefix, bank, index, index_layout, is_causal, window,
-    scale, softcap, in_window, prompt_rows, size, **common,
+    scale, softcap, bias, keys, in_window, prompt_rows, size, **common,
 ):  # fmt: skip
+    if backend != "native":
+        bias = keys = None
+    if keys is not None:  # with others it is refused
+        keys, is_causal, window, bias = [*keys, *[0] * len(segments)][: len(segments)], False, None, None
     prompt_rows = prompt_rows if is_causal else 0
     size = min(size, 1.0) if backend == "cpu" else size  # it keeps a log-sum-exp rounded to the size of the scores
     rows, (heads, kv_heads) = sum(segments) + prompt_rows, heads
+    own_rows = rows if keys is None else sum(keys)
     tensors = {"query": normal(rows, heads, features, dtype=dtype, scale=size)}
-    tensors |= {name: normal(rows, kv_heads, features, dtype=dtype, scale=size) for name in ("key", "value")}
+    tensors |= {name: normal(own_rows, kv_heads, features, dtype=dtype, scale=size) for name in ("key", "value")}
     options = {
         "cu_seqlens": bounds(segments, index_layout),
         "is_causal": is_causal,
         "window": max(1, window) if is_causal and window is not None else window,
         "scale": scale,
-        "softcap": softcap if backend != "cpu" else None,
+        "softcap": softcap if backend != "cpu" and bias is None else None,
         "prefix_in_window": in_window,
         "return_lse": True,
     }
+    if bias is not None:
+        columns, layout = bias
+        table = normal(heads, columns, dtype=dtype, scale=3.0)
+        options["relative_bias"] = table if layout is None else in_layout(table, layout)
+    if keys is not None:
+        options["cu_seqlens_k"] = bounds(keys, index_layout)
     if prompt_rows:
         options |= {"prompt_rows": prompt_rows, "prefix_key": None, "prefix_value": None}
     else:

@@ -132,8 +132,10 @@ leaves = [torch.randn(97, h, 72) for h in (6, 2, 2)] + [torch.randn(1, 2, 37, 72
 leaves = [x.requires_grad_() for x in leaves]
 cu_seqlens = torch.tensor([0, 60, 60, 97], dtype=torch.int32)
 results = []
-for softcap in (None, 2.0):
-    out = prefix_attention(*leaves, cu_seqlens, is_causal=True, softcap=softcap, backend=sys.argv[1])
+keys = {"cu_seqlens_k": torch.tensor([0, 7, 60, 97], dtype=torch.int32)}
+causal = {"is_causal": True}
+for options in causal, causal | {"softcap": 2.0}, causal | {"relative_bias": torch.randn(6, 51)}, keys:
+    out = prefix_attention(*leaves, cu_seqlens, **options, backend=sys.argv[1])
     results += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 masks = []  # what dropout keeps: every key's value is a unit vector of its own
 for threads in (1, 2, 3) if sys.argv[1] == "native" else ():
