@@ -42,7 +42,7 @@ def test_relative_bias(backend, dtype, lengths, prefix, features, heads, columns
     check(inputs(lengths, prefix, features, heads, dtype=dtype), relative_bias=bias, backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths, key_lengths, prefix, options", [
     (ROWS[0], KEYS[0], 17, {}), (ROWS[1], KEYS[1], 0, {"scale": 1.0}), (ROWS[2], KEYS[2], 5, {"softcap": 2.0}),
@@ -52,7 +52,7 @@ def test_cross_attention(backend, dtype, lengths, key_lengths, prefix, options):
     check(cross(lengths, key_lengths, prefix, 24, (6, 2), dtype=dtype), backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths, key_lengths", list(zip(ROWS, KEYS, strict=True)), ids=str)
 def test_rows_without_keys(backend, dtype, lengths, key_lengths):
@@ -273,8 +273,10 @@ def test_bad_input(backend, change, error, match):
         prefix_attention(**inputs([3, 4]) | {"backend": backend} | change)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
-@pytest.mark.parametrize("change", [{"relative_bias": BIAS}, {"cu_seqlens_k": int32([0, 3, 7])}], ids=str)
+@pytest.mark.parametrize("backend, change", [
+    ("triton", {"relative_bias": BIAS}), ("triton", {"cu_seqlens_k": int32([0, 3, 7])}),
+    ("cpu", {"relative_bias": BIAS}),
+])  # fmt: skip
 def test_a_backend_without_them_says_so(backend, change):
     with pytest.raises(ValueError, match=f"backend '{backend}' has no {next(iter(change))} on cpu; 'reference' has"):
         prefix_attention(**inputs([3, 4]) | change, backend=backend)

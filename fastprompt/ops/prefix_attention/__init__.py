@@ -83,7 +83,7 @@ def prefix_attention(
         backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
             multiple of 16 up to 128, on GPUs), "triton" (GPUs), "cpu" (PyTorch's flash kernels, CPU only, no softcap,
             no dropout) or "reference". Only the last has second derivatives; another raises a RuntimeError where one is
-            asked for. `relative_bias` and `cu_seqlens_k` are for "native" on the CPU and for "reference".
+            asked for. On GPUs `relative_bias` and `cu_seqlens_k` are for "reference", and "cpu" has no `relative_bias`.
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
@@ -138,7 +138,7 @@ def _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k) -> 
     if backend is None:
         if device == "cpu" and _native.available("cpu") and query.dtype in NATIVE_DTYPES["cpu"]:
             return "native"
-        if device == "cpu" and plain and not few:
+        if device == "cpu" and plain and relative_bias is None:
             return "cpu"
         # Not "native": it should win where segments are short, but neither has been measured on a GPU yet.
         return "triton" if device == "cuda" and not few and _why_not_triton(query) is None else "reference"
@@ -150,7 +150,8 @@ def _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k) -> 
             f"backend {backend!r} needs no softcap and no dropout on {device}, "
             f"got softcap={softcap}, dropout_p={dropout_p}"
         )
-    if few and (backend in ("triton", "cpu") or (backend == "native" and device != "cpu")):
+    on_gpu = backend == "triton" or (backend == "native" and device != "cpu")
+    if few and (on_gpu or (backend == "cpu" and few == "relative_bias")):
         raise ValueError(f"backend {backend!r} has no {few} on {device}; 'reference' has")
     if backend == "native" and (reason := _why_not_native(query)):
         raise ValueError(f"backend 'native' {reason}")
@@ -234,7 +235,7 @@ def _run(backend, *inputs, prompt_rows=0, relative_bias=None, cu_seqlens_k=None)
         return native.prefix_attention(*tensors, *options, prompt_rows)
     if backend == "cpu":
         is_causal, scale, window, _, prefix_in_window, _ = options
-        return cpu.prefix_attention(*tensors, is_causal, scale, window, prefix_in_window)
+        return cpu.prefix_attention(*tensors, cu_seqlens_k, is_causal, scale, window, prefix_in_window)
     output, lse = reference.prefix_attention(*tensors, *options, relative_bias, cu_seqlens_k)
     return output, lse.detach()
 

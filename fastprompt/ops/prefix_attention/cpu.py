@@ -27,13 +27,18 @@ def _dense(x: Tensor, batch: int = 1) -> Tensor:
     return _features_contiguous(x).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _segment_parts(cu_seqlens: Tensor, is_causal: bool, window: int | None, like: Tensor):
-    """Yields (rows, count, is_causal, mask): runs of `count` neighbouring segments of one length, one call each."""
-    begin = 0
-    for length, run in groupby(end - begin for begin, end in pairwise(cu_seqlens.tolist())):
+def _segment_parts(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, is_causal: bool, window: int | None, like: Tensor):
+    """Yields (rows, keys, count, is_causal, mask): runs of `count` neighbours of the same lengths, one call each."""
+    begin = key_begin = 0
+    lengths, key_lengths = (
+        [end - begin for begin, end in pairwise(bounds.tolist())]
+        for bounds in (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)
+    )
+    for (length, key_length), run in groupby(zip(lengths, key_lengths, strict=True)):
         count = len(list(run))
         rows = slice(begin, begin := begin + count * length)
-        if length == 0:
+        keys = slice(key_begin, key_begin := key_begin + count * key_length)
+        if length == 0 or key_length == 0:
             continue
         mask = None
         if window is not None and length > (window if is_causal else window + 1):  # else the window cuts nothing
@@ -41,7 +46,7 @@ def _segment_parts(cu_seqlens: Tensor, is_causal: bool, window: int | None, like
             distance = i[:, None] - i[None, :]
             hidden = (distance < 0) | (distance >= window) if is_causal else distance.abs() > window
             mask = like.new_zeros(length, length).masked_fill_(hidden, -torch.inf)
-        yield rows, count, is_causal and mask is None, mask
+        yield rows, keys, count, is_causal and mask is None, mask
 
 
 def _prefix_parts(
@@ -72,6 +77,7 @@ def _prefix_attention(
     prefix_value: Tensor,
     cu_seqlens: Tensor,
     prefix_index: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     is_causal: bool,
     scale: float,
     window: int | None,
@@ -81,8 +87,11 @@ def _prefix_attention(
     if prefix_index is not None:
         check_indices(prefix_index, len(prefix_key), "prefix_index")
     out, lse = _outputs(query)
-    for rows, count, causal, mask in _segment_parts(cu_seqlens, is_causal, window, query):
-        q, k, v = (_dense(x[rows], count) for x in (query, key, value))
+    if cu_seqlens_k is not None:  # a segment may have no keys
+        check_cu_seqlens(cu_seqlens_k, len(key), argument="cu_seqlens_k")
+        out.zero_(), lse.fill_(-torch.inf)
+    for rows, keys, count, causal, mask in _segment_parts(cu_seqlens, cu_seqlens_k, is_causal, window, query):
+        q, k, v = (_dense(x, count) for x in (query[rows], key[keys], value[keys]))
         part, part_lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         out[rows] = part.transpose(1, 2).flatten(0, 1)
         lse[rows] = part_lse.transpose(1, 2).flatten(0, 1)
@@ -112,7 +121,7 @@ def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_prefix_attention.register_fake
-def _(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, is_causal, scale, window, in_window):
+def _(query, *_):
     return _outputs(query)
 
 
@@ -128,6 +137,7 @@ def _prefix_attention_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     prefix_index: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     is_causal: bool,
     scale: float,
     window: int | None,
@@ -139,12 +149,16 @@ def _prefix_attention_backward(
     grads = _gradients(query, key, value, prefix_key, prefix_value, segments_need)
     grad_query, _, _, grad_prefix_key, grad_prefix_value = grads
     if segments_need:
-        for rows, count, causal, mask in _segment_parts(cu_seqlens, is_causal, window, query):
-            do, q, k, v, o = (_dense(x[rows], count) for x in (grad, query, key, value, out))
+        if cu_seqlens_k is not None:  # a segment may have no rows, or no keys
+            for whole in grads[:3]:
+                whole.zero_()
+        for rows, keys, count, causal, mask in _segment_parts(cu_seqlens, cu_seqlens_k, is_causal, window, query):
+            do, q, o = (_dense(x[rows], count) for x in (grad, query, out))
+            k, v = (_dense(x[keys], count) for x in (key, value))
             part_lse = lse[rows].unflatten(0, (count, -1)).transpose(1, 2)
             parts = _backward(do, q, k, v, o, part_lse, 0.0, causal, attn_mask=mask, scale=scale)
-            for whole, part in zip(grads[:3], parts, strict=True):
-                whole[rows] = part.transpose(1, 2).flatten(0, 1)
+            for whole, where, part in zip(grads[:3], (rows, keys, keys), parts, strict=True):
+                whole[where] = part.transpose(1, 2).flatten(0, 1)
     grad_prefix_key.zero_()  # an entry of the bank that nobody reads has zero gradient
     grad_prefix_value.zero_()
     prefix = prefix_key.shape[2]
@@ -171,22 +185,22 @@ def _gradients(query, key, value, prefix_key, prefix_value, segments_need: bool)
 
 
 @_prefix_attention_backward.register_fake
-def _(grad, query, key, value, prefix_key, prefix_value, out, lse, cu_seqlens, prefix_index, c, s, w, i, segments_need):
-    return _gradients(query, key, value, prefix_key, prefix_value, segments_need)
+def _(grad, query, key, value, prefix_key, prefix_value, *others):
+    return _gradients(query, key, value, prefix_key, prefix_value, others[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, *options = inputs
-    ctx.options = options
+    query, key, value, prefix_key, prefix_value, *bounds = inputs[:8]
+    ctx.options = inputs[8:]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, prefix_key, prefix_value, *output, cu_seqlens, prefix_index)
+    ctx.save_for_backward(query, key, value, prefix_key, prefix_value, *output, *bounds)
 
 
 def _backward_formula(ctx, grad_out, grad_lse):
     segments_need = any(ctx.needs_input_grad[:3])
     grads = _prefix_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, segments_need)
     wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:5], strict=True)]
-    return *wanted, None, None, None, None, None, None
+    return *wanted, *[None] * 7
 
 
 _prefix_attention.register_autograd(
