@@ -54,15 +54,15 @@ def _formulas() -> dict:
 
 
 def _attention(*arguments, out_val: object) -> int:
-    query, _, _, prefix_key, _, cu_seqlens, _, _, *options = arguments
-    own, prefix = _product(query, prefix_key, cu_seqlens, *options)
+    query, _, _, prefix_key, _, *others = arguments
+    own, prefix = _product(query, prefix_key, *others)
     return 2 * (own + prefix)
 
 
 def _attention_backward(*arguments, out_val: object) -> int:
-    _, query, _, _, prefix_key, _, _, _, cu_seqlens, _, _, *options = arguments[:-5]
+    _, query, _, _, prefix_key, _, _, _, *others = arguments[:-5]
     for_query, for_key, for_value, for_prefix_key, for_prefix_value = arguments[-5:]
-    own, prefix = _product(query, prefix_key, cu_seqlens, *options)
+    own, prefix = _product(query, prefix_key, *others)
 
     def products(for_key: bool, for_value: bool) -> int:
         wanted = for_query + for_key + for_value
@@ -71,13 +71,15 @@ def _attention_backward(*arguments, out_val: object) -> int:
     return own * products(for_key, for_value) + prefix * products(for_prefix_key, for_prefix_value)
 
 
-def _product(query: Tensor, prefix_key: Tensor, cu_seqlens: Tensor, *options) -> tuple[int, int]:
-    """FLOPs of one product of the rows with those of their segments, and of one with the prefix."""
-    prompt_rows, is_causal, _, window, *_ = options
+def _product(query: Tensor, prefix_key: Tensor, cu_seqlens: Tensor, *others) -> tuple[int, int]:
+    """FLOPs of one product of the rows with the keys of their segments, and of one with the prefix."""
+    *tensors, prompt_rows, is_causal, _, window, _, _, _ = others
+    cu_seqlens_k = tensors[3] if len(tensors) == 4 else None  # of the overload that has it
     if prompt_rows or is_causal or window >= 0:
         raise NotImplementedError("FLOPs of causal attention and of attention in a window are not counted")
     rows, heads, features = query.shape
-    pairs = int(cu_seqlens.diff().long().square().sum())
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    pairs = int((cu_seqlens.diff().long() * keys.diff()).sum())
     return 2 * pairs * heads * features, 2 * rows * prefix_key.shape[2] * heads * features
 
 

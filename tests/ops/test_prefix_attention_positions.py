@@ -1,6 +1,7 @@
 """prefix_attention with relative biases (T5, ALiBi), and with bounds of their own for the keys (cross-attention)."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from fastprompt import _native
+from fastprompt.bench.flops import count_flops
 from fastprompt.ops import prefix_attention
 
 NATIVE = ["native"] if _native.available("cpu") else []
@@ -185,19 +187,19 @@ def test_dropout(backend):
         torch.testing.assert_close(by_value, (outs[0] * grad).sum())  # linear in the values: forward's mask
 
 
-@pytest.mark.parametrize("backend", NATIVE)
-def test_second_derivatives_and_no_values(backend):
+@pytest.mark.skipif(not NATIVE, reason="the reference has second derivatives")
+def test_second_derivatives_and_no_values():
     for args, options in both(torch.float32):
         leaves = [args[name] for name in NAMES]
         first = torch.autograd.grad(prefix_attention(**args, **options).sum(), leaves, create_graph=True)
         with pytest.raises(RuntimeError, match="prefix_attention has no second derivative"):
             first[0].sum().backward()
-        move = FakeTensorMode().from_tensor
-        fakes, moved = ({name: move(x) for name, x in each.items()} for each in (args, options))
-        leaves = [fakes[name] for name in NAMES]
-        out = prefix_attention(**fakes, **moved, backend=backend)
-        assert out.shape == args["query"].shape
-        assert [x.shape for x in torch.autograd.grad(out.sum(), leaves)] == [x.shape for x in leaves]
+        for move in FakeTensorMode().from_tensor, lambda x: x.detach().to("meta").requires_grad_(x.requires_grad):
+            fakes, moved = ({name: move(x) for name, x in each.items()} for each in (args, options))
+            leaves = [fakes[name] for name in NAMES]
+            out = prefix_attention(**fakes, **moved)
+            assert out.shape == args["query"].shape
+            assert [x.shape for x in torch.autograd.grad(out.sum(), leaves)] == [x.shape for x in leaves]
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -208,6 +210,17 @@ def test_compile(backend):
         check(args, run=compiled, backend=backend, **options)
     with pytest.raises(ValueError, match="cu_seqlens_k must end at 13, .* got 12"):
         compiled(**args | {"cu_seqlens_k": int32([0, 2, 9, 9, 12])}, backend=backend)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native library has the formulas")
+def test_flops():
+    args = cross([3, 0, 9], [5, 2, 0], 4, 8, (6, 2))
+    pairs = 3 * 5 + 12 * 4
+    assert count_flops(lambda: prefix_attention(**args).sum().backward()) == 14 * pairs * 6 * 8
+    args = inputs([3, 0, 9], 4, 8, (6, 2))
+    pairs = 3 * 3 + 9 * 9 + 12 * 4
+    run = partial(prefix_attention, **args, relative_bias=randn(6, 5))
+    assert count_flops(lambda: run().sum().backward()) == 14 * pairs * 6 * 8
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
