@@ -65,6 +65,8 @@ class PrefixAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prefix_index: Tensor | None = None,
+        relative_bias: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -74,6 +76,8 @@ class PrefixAttention(nn.Module):
             cu_seqlens: (B+1,) int32 bounds of packed segments.
             attention_mask: (B, L) for a padded batch, nonzero where a token is; elsewhere the output is zero.
             prefix_index: (B,) which prefix each segment or sample reads; the first if None.
+            relative_bias: (H, R), frozen, of scores by distance. A padded batch's positions count its tokens alone.
+            cu_seqlens_k: (B+1,) int32 bounds of the keys' segments in cross-attention, only with `cu_seqlens`.
 
         Returns:
             Like query.
@@ -89,6 +93,8 @@ class PrefixAttention(nn.Module):
             )
         if query.shape[-2] != self.heads:
             raise ValueError(f"query must have {self.heads} heads, got {query.shape[-2]}")
+        if cu_seqlens_k is not None and not packed:
+            raise ValueError("cu_seqlens_k needs cu_seqlens: cross-attention takes packed rows, got cu_seqlens=None")
         rows, index = (query, key, value), None
         if not packed:
             batch, length = query.shape[:2]
@@ -109,6 +115,8 @@ class PrefixAttention(nn.Module):
             *(x.to(query.dtype) for x in (self.prefix_key, self.prefix_value)),
             cu_seqlens,
             prefix_index=prefix_index,
+            relative_bias=relative_bias,
+            cu_seqlens_k=cu_seqlens_k,
             dropout_p=self.dropout_p if self.training else 0.0,
             **self.options,
         )

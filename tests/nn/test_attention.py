@@ -31,15 +31,26 @@ def test_dense_is_attention_over_prefix_and_text():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_and_packed_agree(side):
-    attention, tensors = module(is_causal=True, window=4), rows(3, 7)
+    attention, tensors, bias = module(is_causal=True, window=4), rows(3, 7), torch.randn(6, 9)
     lengths = torch.tensor([7, 0, 3])
     mask = torch.arange(7) < lengths[:, None]
     mask = mask.flip(1) if side == "left" else mask
-    padded = attention(*tensors, attention_mask=mask)
+    padded = attention(*tensors, attention_mask=mask, relative_bias=bias)
     cu_seqlens = torch.tensor([0, 7, 7, 10], dtype=torch.int32)
-    packed = attention(*(x[mask] for x in tensors), cu_seqlens=cu_seqlens)
+    packed = attention(*(x[mask] for x in tensors), cu_seqlens=cu_seqlens, relative_bias=bias)
     torch.testing.assert_close(padded[mask], packed)
     assert not padded[~mask].any()
+
+
+def test_cross_attention():
+    attention, (query, *_), (_, *memory) = module(), rows(5), rows(9)
+    bounds, bounds_k = torch.tensor([[0, 2, 5], [0, 9, 9]], dtype=torch.int32)
+    got = attention(query, *memory, cu_seqlens=bounds, cu_seqlens_k=bounds_k)
+    first = attention(query[:2], *memory, cu_seqlens=bounds[:2], cu_seqlens_k=bounds_k[:2])
+    alone = attention(query[2:], *(x[:0] for x in memory), cu_seqlens=bounds[1:] - 2, cu_seqlens_k=bounds_k[1:] - 9)
+    torch.testing.assert_close(got, torch.cat([first, alone]))
+    with pytest.raises(ValueError, match="cu_seqlens_k needs cu_seqlens"):
+        attention(*rows(2, 5), cu_seqlens_k=bounds_k)
 
 
 def test_dropout_is_for_training_only():
