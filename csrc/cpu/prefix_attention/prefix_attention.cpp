@@ -106,7 +106,7 @@ struct Inputs {
   }
   Inputs(const Inputs&) = delete;
 
-  // The memory of a table of biases, for hand_to; see RelativeBias. Finite ones stay finite in units of the scale.
+  // The memory of RelativeBias, for hand_to. What is finite stays finite, whatever the scale.
   template <typename A>
   Buffer<A> bias_table() const {
     if (!relative_bias) return allocate<A>(0);
@@ -200,8 +200,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& gr
   const Inputs inputs(given);
   const Problem& problem = inputs.problem;
   const Plan& plan = inputs.plan;
-  const int64_t prompt_rows = given.prompt_rows;
-
   const bool has_idle = given.cu_seqlens_k.has_value();  // there may be keys whose segment has no row
   Tensor grad_query = gradient_like(given.query, needs.query);
   Tensor grad_key = gradient_like(given.key, needs.key, has_idle);
@@ -224,8 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& gr
     call.needs_query = needs.query;
     call.needs_key = needs.key;
     call.needs_value = needs.value;
-    call.add_prefix = prompt_rows > 0;
-    if (prompt_rows) {
+    call.add_prefix = given.prompt_rows > 0;
+    if (call.add_prefix) {
       call.needs_prefix_key = needs.key;
       call.needs_prefix_value = needs.value;
       call.grad_prefix_key = {call.grad_key.data, 0, call.grad_key.head_stride, call.grad_key.row_stride};

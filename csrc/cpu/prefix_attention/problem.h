@@ -71,8 +71,8 @@ struct Problem {
   }
 };
 
-// What scores get by the distance from query to key, in Problem::scale: (heads, columns), each row with its first and
-// last value kBiasPad times more before and after it.
+// What is added to a product by the distance from query to key: the biases of scores, divided by Problem::scale. A
+// (heads, columns) table, each row with its first and last value kBiasPad times more before and after it.
 template <typename A>
 struct RelativeBias {
   const A* table;   // null: none
