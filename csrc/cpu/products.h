@@ -15,6 +15,12 @@ inline void multiply_into(torch::stable::Tensor out, const torch::stable::Tensor
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
+// out = scale a b
+inline void multiply_into(torch::stable::Tensor out, const torch::stable::Tensor& a, const torch::stable::Tensor& b,
+                          double scale) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 0.0, scale));
+}
+
 // out += a b
 inline void multiply_add_into(torch::stable::Tensor out, const torch::stable::Tensor& a,
                               const torch::stable::Tensor& b) {

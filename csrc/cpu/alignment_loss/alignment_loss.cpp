@@ -124,7 +124,7 @@ struct Call {
       if (!contrast)  // while the row is at hand
         return over_rows(count, features, [&](int64_t i) { compare(i, which), differentiate(i, which); });
       over_rows(count, features, [&](int64_t i) { compare(i, which); });
-      Infonce<A> infonce(u, v, temperature);
+      Infonce<A> infonce(u, v, temperature, du_rows || dv_rows);
       infonce.add_distances(distance.data());
       if (!du_rows && !dv_rows) return;
       infonce.gradients(coefficient.data(), du_rows ? &du : nullptr, dv_rows ? &dv : nullptr);
