@@ -107,6 +107,12 @@ def without_end(tokenizer: Callable, texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
+def tensor_on(values: Sequence, device: str | torch.device) -> Tensor:
+    """A tensor of numbers, brought to a device by a copy that the host does not wait for."""
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
 def batch_of(sentences: Sequence[list[int]], device: str | torch.device) -> dict[str, Tensor]:
     """input_ids and attention_mask, (N, L) int64 and bool, of N sentences of token ids."""
     lengths = torch.tensor([len(tokens) for tokens in sentences])
@@ -135,7 +141,7 @@ def encode(
         hidden = model(**batch, **inputs, output_hidden_states=True).hidden_states[layer]
     lengths = batch["attention_mask"].sum(1)
     if pooling == "mean":
-        begin = torch.tensor([first_row(len(tokens), layer) for tokens in sentences], device=device)
+        begin = tensor_on([first_row(len(tokens), layer) for tokens in sentences], device)
         return (hidden.sum(1) - hidden[:, 0] * begin[:, None]) / (lengths - begin)[:, None]
     row = lengths - 1 if pooling == "last" else torch.zeros_like(lengths)
     return hidden[torch.arange(len(sentences), device=device), row]

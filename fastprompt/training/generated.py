@@ -11,7 +11,7 @@ from fastprompt.ops import linear_cross_entropy
 from fastprompt.tasks.metrics import answer_scores
 from fastprompt.tasks.squad import Question
 
-from .encoding import batch_of, without_end
+from .encoding import batch_of, tensor_on, without_end
 from .tasks import Item, Task
 
 
@@ -69,7 +69,7 @@ class GeneratedAnswers(Task):
             states.append(row[length - answer - 1 : length - 1])  # each row predicts the next token
             targets += item.ids[length - answer :]
         weight = self.model.get_output_embeddings().weight.detach()
-        targets = torch.tensor(targets, device=hidden.device)
+        targets = tensor_on(targets, hidden.device)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         return linear_cross_entropy(torch.cat(states).to(weight.dtype), weight, targets, softcap=softcap) / len(targets)
 

@@ -5,7 +5,6 @@ import json
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,9 @@ from fastprompt.tasks.parallel import Pair
 from fastprompt.tasks.retrieval import firsts, sentence_groups
 
 from .config import TrainingConfig
-from .encoding import Digest, lower_states, teacher_vectors, tokenize
+from .encoding import Digest, lower_states, teacher_vectors, tensor_on, tokenize
 from .learner import Learner
+from .metrics import Metrics
 from .run import Run
 from .sampler import TokenBudgetSampler, shuffled
 
@@ -54,15 +54,16 @@ def train(
         resume: go on with the run in `out`. Its settings, backbone and pairs must be the same; `epochs` may differ.
         cache: folder of what is computed once, the teacher's vectors and the lower layers' hidden states; see
             `fastprompt.training.cache`.
-        on_step: called after each step with its metrics: step, steps (in all), epoch, loss and its parts, seconds; and
-            with the learner as it then is.
+        on_step: called for each step with its metrics: step, steps (in all), epoch, loss and its parts, seconds; and
+            with the learner as it then is; on a GPU for some steps at a time, as they are read there.
 
     Returns:
         What was learned. `out`/summary.json tells whether all steps were done.
 
     Raises:
         FileExistsError, FileNotFoundError, TypeError, ValueError: before any work, for what does not fit.
-        FloatingPointError: the loss is no longer a number; `out` holds the last whole epoch.
+        FloatingPointError: the loss is no longer a number; `out` holds the last whole epoch. On a GPU it is told when
+            the metrics are next read, before anything is saved.
     """
     if not pairs:
         raise ValueError("pairs must hold at least one pair, got none")
@@ -99,9 +100,22 @@ def train(
         optimizer.load_state_dict(run.state["optimizer"])
 
     step, saved = 0 if run.state is None else run.state["step"], None
+    metrics = Metrics(device)
+
+    def report() -> None:
+        for record in metrics.read():
+            if not math.isfinite(record["loss"]):
+                kept = f"; {out} holds epoch {record['epoch'] - 1}" if record["epoch"] > 1 else ""
+                raise FloatingPointError(
+                    f"the loss is {record['loss']} at step {record['step']}: try a smaller lr{kept}"
+                )
+            run.record(**record)
+            if on_step is not None:
+                on_step(record | {"steps": len(steps), "learner": learner})
 
     def save() -> None:
         nonlocal saved
+        report()
         run.save_state(step, {name: p.detach().cpu() for name, p in trained.items()}, optimizer.state_dict())
         learner.save(out)
         if run.records:
@@ -113,27 +127,23 @@ def train(
     with stop_on_signal() as stopped:
         while step < len(steps) and not stopped():
             epoch, batch = steps[step]
-            start = time.perf_counter()
+            metrics.begin()
+            chosen = tensor_on(batch, device)
             parts = learner.loss(
                 [target[n] for n in batch],
-                teacher[batch],
-                None if classes is None else classes[batch],
+                teacher[chosen],
+                None if classes is None else classes[chosen],
                 None if states is None else torch.cat([states[n] for n in batch]).to(device),
                 None if groups is None else _once([groups[n] for n in batch], device),
             )
             loss = sum(parts.values())
             optimizer.zero_grad()
             loss.backward()
-            values = {name: part.item() for name, part in ({"loss": loss} | parts).items()}
-            if not math.isfinite(values["loss"]):
-                kept = f"; {out} holds epoch {epoch}" if epoch else ""
-                raise FloatingPointError(f"the loss is {values['loss']} at step {step + 1}: try a smaller lr{kept}")
             optimizer.step()
             step += 1
-            record = {"step": step, "epoch": epoch + 1, **values, "seconds": time.perf_counter() - start}
-            run.record(**record)
-            if on_step is not None:
-                on_step(record | {"steps": len(steps), "learner": learner})
+            metrics.add({"step": step, "epoch": epoch + 1}, {"loss": loss} | parts)
+            if metrics.due:
+                report()
             if step == len(steps) or steps[step][0] > epoch:
                 save()
         if saved != step:
@@ -171,7 +181,7 @@ def _steps(config: TrainingConfig, prompted: PromptModel, lengths: list[int]) ->
 def _once(groups: list[int], device: torch.device) -> torch.Tensor | None:
     """Weights of a batch's pairs: 0 for those after the first of a group; None where there are none."""
     first = firsts(groups)
-    return None if all(first) else torch.tensor(first, dtype=torch.float32, device=device)
+    return None if all(first) else tensor_on([float(each) for each in first], device)
 
 
 def _check_length(config: TrainingConfig, prompted: PromptModel) -> None:

@@ -12,7 +12,7 @@ from fastprompt.models.methods import AdaptedBackbone, keep_layers
 from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
 
-from .encoding import tokenize
+from .encoding import tensor_on, tokenize
 from .generated import GeneratedAnswers
 from .task_config import RETRIEVAL, TaskConfig
 from .tasks import Aligned, Item, PairClassification, Retrieval, SpanAnswers, Task, Verbaliser, inputs_of
@@ -123,12 +123,13 @@ class TaskLearner(nn.Module):
                 for n, each in enumerate(aligned, len(items))
                 for begin, end, pair in each.parts
             ]
-            rows = torch.cat([torch.arange(begin, end) for begin, end, _ in parts]).to(self.device)
-            bounds = torch.tensor([0, *(end - begin for begin, end, _ in parts)]).cumsum(0).int().to(self.device)
+            rows = tensor_on([row for begin, end, _ in parts for row in range(begin, end)], self.device)
+            bounds = tensor_on([0, *(end - begin for begin, end, _ in parts)], self.device).cumsum(0).int()
             student = pool(middle.flatten(0, 1)[rows], self.config.pooling, cu_seqlens=bounds)
             if layer is not None:
                 student = (student - self.mean) / self.deviation
-            losses["alignment"] = self.alignment(student, teacher[[pair for _, _, pair in parts]])
+            pairs = tensor_on([pair for _, _, pair in parts], self.device)
+            losses["alignment"] = self.alignment(student, teacher[pairs])
         return losses
 
     def predict(self, examples: Sequence) -> dict:

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastprompt.tasks.retrieval import firsts, sentence_groups
 
 from .encoding import Digest, first_row, teacher_vectors, tokenize
 from .loop import stop_on_signal
+from .metrics import Metrics
 from .run import Run
 from .sampler import shuffled
 from .task_config import RETRIEVAL, TaskConfig
@@ -60,7 +60,7 @@ def train_task(
         pairs: parallel sentences, where `config.alignment` is not 0.
         resume: go on with the run in `out`: the same settings, backbone and data.
         cache: folder of the teacher's vectors, as in `train`.
-        on_step: called after each step with its metrics.
+        on_step: called for each step with its metrics; on a GPU for some steps at a time, as they are read there.
 
     Returns:
         The learner, with the best weights, and the metrics of each step: step, steps (in all), loss and its parts,
@@ -68,7 +68,8 @@ def train_task(
 
     Raises:
         FileExistsError, FileNotFoundError, TypeError, ValueError: before any work, for what does not fit.
-        FloatingPointError: the loss is no longer a number.
+        FloatingPointError: the loss is no longer a number. On a GPU it is told when the metrics are next read, before
+            anything is saved.
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
@@ -121,6 +122,19 @@ def train_task(
         optimizer.load_state_dict(state["optimizer"])
         best = state["best"]
 
+    metrics = Metrics(device)
+
+    def report(evaluated: bool) -> None:
+        read = metrics.read()
+        for record in read:
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(f"the loss is {record['loss']} at step {record['step']}: try a smaller lr")
+            records.append(record)
+        if evaluated:
+            keep_if_best()
+        for record in read if on_step is not None else ():
+            on_step(record | {"steps": total})
+
     def keep_if_best() -> None:
         score = float(len(records))  # without validation examples, the last
         if validation:
@@ -130,11 +144,19 @@ def train_task(
             weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
             best.update(score=score, step=len(records), weights=weights)
 
+    def save() -> None:
+        nonlocal saved
+        weights = {name: parameter.detach().cpu() for name, parameter in trained.items()}
+        run.write_records()  # first: of too many, those after the state are left out
+        run.save_state(step, weights, optimizer.state_dict(), best=best)
+        saved = step
+
     total, out_of_patience = config.alignment_first + config.steps, _out_of_patience(records, best["step"], config)
+    step = saved = len(records)
     # Where nothing is kept, half a run is worth nothing: it ends as any program does.
     with stop_on_signal() if run is not None else nullcontext(lambda: False) as stopped:
-        while len(records) < total and not stopped() and not out_of_patience:
-            step, start = len(records), time.perf_counter()
+        while step < total and not stopped() and not out_of_patience:
+            metrics.begin()
             fitting = step >= config.alignment_first
             labelled = _batch(config.seed, "task", step - config.alignment_first, config.batch_size, len(items))
             chosen = _batch(config.seed, "alignment", step, config.alignment_batch_size, len(pairs))
@@ -152,21 +174,19 @@ def train_task(
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
-            values = {name: part.item() for name, part in ({"loss": loss} | parts | {"gradient_norm": norm}).items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"the loss is {values['loss']} at step {step + 1}: try a smaller lr")
             optimizer.step()
-            records.append({"step": step + 1, **values, "seconds": time.perf_counter() - start})
-            evaluated = fitting and ((step + 1 - config.alignment_first) % config.evaluate_every == 0)
-            if evaluated or len(records) == total:
-                keep_if_best()
-            if on_step is not None:
-                on_step(records[-1] | {"steps": total})
-            if run is not None and (evaluated or len(records) == total or stopped()):
-                weights = {name: parameter.detach().cpu() for name, parameter in trained.items()}
-                run.write_records()  # first: of too many, those after the state are left out
-                run.save_state(len(records), weights, optimizer.state_dict(), best=best)
+            step += 1
+            metrics.add({"step": step}, {"loss": loss} | parts | {"gradient_norm": norm})
+            evaluated = fitting and (step - config.alignment_first) % config.evaluate_every == 0
+            last = step == total or stopped()
+            if evaluated or last or metrics.due:
+                report(evaluated or step == total)
+            if run is not None and (evaluated or last):
+                save()
             out_of_patience = evaluated and _out_of_patience(records, best["step"], config)
+        if run is not None and saved != step:
+            report(False)
+            save()
     if best["weights"]:
         learner.load_state_dict(best["weights"], strict=False)
     if run is not None and records:

@@ -17,7 +17,7 @@ from fastprompt.tasks.retrieval import retrieval_scores, sentence_groups
 from fastprompt.tasks.squad import Question
 from fastprompt.tasks.windows import Window, best_answers, windows
 
-from .encoding import batch_of, was_cut, without_end
+from .encoding import batch_of, tensor_on, was_cut, without_end
 
 SENTENCES = 5  # of a context made for the alignment
 
@@ -100,7 +100,7 @@ def inputs_of(items: Sequence[Item], device, model: nn.Module) -> dict[str, Tens
     """input_ids and attention_mask, and token_type_ids where the backbone has a table of two and more."""
     inputs = batch_of([item.ids for item in items], device)
     if getattr(model.backbone.config, "type_vocab_size", 0) > 1:
-        second = torch.tensor([item.second for item in items], device=device)
+        second = tensor_on([item.second for item in items], device)
         column = torch.arange(inputs["input_ids"].shape[1], device=device)
         inputs["token_type_ids"] = (column >= second[:, None]).long()
     return inputs
@@ -143,7 +143,7 @@ class SentencePairs(Task):
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
-        labels = torch.tensor([item.target for item in items], device=hidden.device)
+        labels = tensor_on([item.target for item in items], hidden.device)
         return F.cross_entropy(self.logits(hidden, mask, items), labels)
 
     def predict(self, model: Callable, examples: Sequence[Example], batch_size: int = 32) -> dict[str, int]:
@@ -297,8 +297,8 @@ class SpanAnswers(Task):
     def logits(self, hidden: Tensor, items: Sequence[Item]) -> Tensor:
         """(B, L, 2), -inf at rows that cannot be of an answer."""
         row = torch.arange(hidden.shape[1], device=hidden.device)
-        first = torch.tensor([item.second for item in items], device=hidden.device)[:, None]
-        last = first + torch.tensor([len(item.target.spans) for item in items], device=hidden.device)[:, None]
+        first = tensor_on([item.second for item in items], hidden.device)[:, None]
+        last = first + tensor_on([len(item.target.spans) for item in items], hidden.device)[:, None]
         asked = (row < first) & (row >= 1)  # (B, L), the special first row aside
         question = pool(hidden, "mean", asked) @ self.match.mT  # (2, B, D)
         likeness = torch.einsum("bld,cbd->blc", F.normalize(hidden, dim=-1), F.normalize(question, dim=-1))
@@ -306,7 +306,7 @@ class SpanAnswers(Task):
         return logits.masked_fill(((row < first) | (row >= last))[..., None], -torch.inf)
 
     def loss(self, hidden: Tensor, mask: Tensor, items: Sequence[Item]) -> Tensor:
-        rows = torch.tensor([item.target.answer for item in items], device=hidden.device)  # (B, 2)
+        rows = tensor_on([item.target.answer for item in items], hidden.device)  # (B, 2)
         return F.cross_entropy(self.logits(hidden, items), rows)  # classes: the L rows
 
     def predict(self, model: Callable, examples: Sequence[Question], batch_size: int = 16) -> dict[str, str]:

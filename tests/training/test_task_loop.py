@@ -14,6 +14,7 @@ from fastprompt import cli
 from fastprompt.models.methods import METHODS
 from fastprompt.tasks.parallel import Pair
 from fastprompt.training import encoding
+from fastprompt.training.metrics import Metrics
 from fastprompt.training.run import Run
 from fastprompt.training.task_config import TaskConfig
 from fastprompt.training.task_evaluation import evaluate_task, write_predictions
@@ -349,6 +350,21 @@ def test_examples_are_drawn(folder):
         *encoding.load_backbone(str(folder)), examples, (), TaskConfig(**SMALL | dict(steps=2), examples=4)
     )
     assert equal(other, drawn) and not equal(one, drawn)
+
+
+def test_metrics_of_several_steps_read_at_a_time(folder, tmp_path, monkeypatch):
+    settings = dict(alignment=1.0, pairs=translations(7), validation=paraphrases(6, 1), steps=8)
+    whole, records = run(folder, **settings)
+
+    def stop(record):
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Metrics, "due", property(lambda metrics: len(metrics._waiting) == 3))
+    run(folder, tmp_path / "late", on_step=stop, **settings)
+    late, again = run(folder, tmp_path / "late", resume=True, **settings)
+    assert equal(whole, late)
+    assert [record | {"seconds": 0} for record in again] == [record | {"seconds": 0} for record in records]
 
 
 def test_loss_that_is_no_number(folder, monkeypatch):

@@ -16,6 +16,7 @@ from fastprompt.models import PromptModel
 from fastprompt.tasks.parallel import Pair
 from fastprompt.training import TrainingConfig, encoding, evaluate, train
 from fastprompt.training.learner import Learner
+from fastprompt.training.metrics import Metrics
 
 SETTINGS = dict(num_virtual_tokens=4, max_length=30, batch_size=8, epochs=3, lr=3e-2, projection_lr=1e-2)
 
@@ -212,9 +213,35 @@ def test_peft_saved_the_same_prompt_over_a_run(folder, tmp_path):
         evaluate(*encoding.load_backbone(str(folder)), make_pairs(3), tmp_path / "run")
 
 
+def read_in_threes(monkeypatch):
+    """As on a GPU: metrics of several steps at a time."""
+    monkeypatch.setattr(Metrics, "due", property(lambda metrics: len(metrics._waiting) == 3))
+
+
+def test_metrics_of_several_steps_read_at_a_time(folder, tmp_path, monkeypatch):
+    def stop(record):
+        if record["step"] == 6:
+            os.kill(os.getpid(), signal.SIGINT)  # after step 7, when it is told of this one
+
+    whole, reads, read = run(folder, tmp_path / "whole"), [], Metrics.read
+    read_in_threes(monkeypatch)
+    monkeypatch.setattr(Metrics, "read", lambda metrics: reads.append(read(metrics)) or reads[-1])
+    run(folder, tmp_path / "late", on_step=stop)
+    assert [len(records) for records in reads if records] == [3, 1, 3]
+    late = run(folder, tmp_path / "late", resume=True)
+    for (name, a), (_, b) in states(whole, late):
+        assert torch.equal(a, b), name
+    lines = [[json.loads(line) | {"seconds": 0} for line in (tmp_path / name / "metrics.jsonl").open()]
+             for name in ("whole", "late")]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("at", [3, 6])
-def test_loss_that_is_no_number(folder, tmp_path, monkeypatch, at):
+def test_loss_that_is_no_number(folder, tmp_path, monkeypatch, at, late):
     """It stops before the step that would spoil all; a whole epoch before it is kept."""
+    if late:
+        read_in_threes(monkeypatch)
     loss, calls = Learner.loss, []
 
     def spoilt(*args):
