@@ -206,6 +206,26 @@ def test_temperature(backend, device, normalize, temperature):
         torch.testing.assert_close(grad.cpu(), true[name], check_dtype=False, rtol=0, atol=1e-4 * size + 1e-30)
 
 
+@pytest.mark.skipif(not _native.available("cpu"), reason="no native library")
+def test_more_similarities_than_are_kept():
+    """Of 4100 rows in float64 some are compared again for the gradients, and all of them in several blocks."""
+    args = inputs(4100, 3, 2, dtype=torch.float64)
+    for x in (args["student"], args["row_weight"]):
+        x.requires_grad_(False)
+    with torch.no_grad():
+        args["row_weight"] += 0.1  # all of them count
+    results = {}
+    for backend in "native", "reference":
+        loss = alignment_loss(**args, distance="infonce+mse", temperature=0.7, backend=backend)
+        results[backend] = [loss, *gradients(loss, args, torch.tensor(2.0)).values()]
+    assert len(results["native"]) == 4  # teacher, weight, bias
+    for got, want in zip(*results.values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11 * want.abs().max().item())
+    with torch.no_grad():
+        loss = alignment_loss(**args, distance="infonce+mse", temperature=0.7, backend="native")
+    torch.testing.assert_close(loss, results["reference"][0], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
