@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 // Of the similarities so many bytes are kept between forward and backward; of the other rows they are computed again.
 constexpr int64_t kKeptBytes = 124 << 20;
 constexpr int64_t kBlockBytes = 32 << 20;  // at a time: what the passes between two products find in a cache
-constexpr int64_t kColumns = 1024;        // of a block at a time, likewise
+constexpr int64_t kColumns = 1024;         // of a block at a time, likewise
 
 // Log-sum-exps as greatest + logarithm: the loss subtracts the greatest first and so loses no digits.
 template <typename A>
