@@ -8,7 +8,7 @@ import torch
 from fastprompt.bench.attention import Batch, Shape
 from fastprompt.bench.case import dtype_of
 from fastprompt.ops._triton import block_of
-from fastprompt.ops.prefix_attention import triton as launches
+from fastprompt.ops.prefix_attention import triton_launches as launches
 
 from . import kernels
 from .records import DEVICE

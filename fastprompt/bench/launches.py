@@ -30,7 +30,7 @@ from fastprompt.models.packed import layout
 DEPTHS, P, LENGTHS, VOCABULARY = (6, 24), 16, (9, 14, 5, 12), 64  # 6: each kind of Gemma's layers is in the difference
 FREE = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias")  # launch nothing
 # Kernels of an operator of ours that are more than one: at most so many.
-SEVERAL = {"prefix_attention_triton_backward": 5}
+SEVERAL = {"prefix_attention_triton_backward": 4}
 WAYS = ("peft", "ours", "ours, on a GPU")
 
 

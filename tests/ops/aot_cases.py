@@ -70,8 +70,8 @@ def call_prefix_attention(dtype, features, lengths, options) -> None:
     options = (is_causal, 0.125, window, softcap, prefix_in_window, dropout_p, prompt_rows)
     common = (cu_seqlens, prefix_index, seed, *options)
     tensors = query, key, key, bank, bank
-    out, _, peak_sum = prefix_attention._forward(*tensors, *common)
-    prefix_attention._backward(query, *tensors, out, peak_sum, *common, True, True, True)
+    out, _, *saved = prefix_attention._forward(*tensors, *common)
+    prefix_attention._backward(query, *tensors, out, *saved, *common, True, True, True)
 
 
 def call_alignment_loss(dtype, features, rows, options) -> None:

@@ -18,6 +18,8 @@ from aot_cases import cases
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+# Products on warp groups (from 64 rows of the left side on), on warps, and loads that run ahead.
+INSTRUCTIONS = "wgmma.mma_async", "mma.sync", "cp.async.c"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -69,7 +71,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(capabilities: list[int], words: list[str]) -> int:
     print(f"triton {triton.__version__}")
-    print(f"sm {'case':39} | {'kernel':26} warps stages registers stack local shared")
+    print(f"sm {'case':39} | {'kernel':26} warps stages registers stack local shared wgmma mma copies")
     spilled = 0
     for capability in capabilities:
         triton.runtime.driver.set_active(Driver(capability))
@@ -78,10 +80,12 @@ def main(capabilities: list[int], words: list[str]) -> int:
                 continue
             for kernel, compiled in compile_call(call):
                 metadata, used = compiled.metadata, resources(compiled.asm["cubin"])
+                wgmma, mma, copies = (compiled.asm["ptx"].count(each) for each in INSTRUCTIONS)
                 spilled += strict * (used["STACK"] + used["LOCAL"])
                 print(
                     f"{capability} {name:39} | {kernel:26} {metadata.num_warps:>5} {metadata.num_stages:>6} "
-                    f"{used['REG']:>9} {used['STACK']:>5} {used['LOCAL']:>5} {metadata.shared:>6}",
+                    f"{used['REG']:>9} {used['STACK']:>5} {used['LOCAL']:>5} {metadata.shared:>6} "
+                    f"{wgmma:>5} {mma:>3} {copies:>6}",
                     flush=True,
                 )
     return 1 if spilled else 0

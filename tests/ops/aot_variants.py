@@ -31,8 +31,8 @@ def call_attention(tokens: int, segments: int, prompt_rows: int, window: int | N
     bank = empty(1, KV_HEADS, 0 if prompt_rows else PREFIX, FEATURES)
     common = (empty(segments + 1, dtype=torch.int32), None, None)
     options = (True, 0.125, window, None, window is not None, 0.0, prompt_rows)
-    out, _, peak_sum = attention._forward(query, key, key, bank, bank, *common, *options)
-    attention._backward(query, query, key, key, bank, bank, out, peak_sum, *common, *options, True, True, True)
+    out, _, *saved = attention._forward(query, key, key, bank, bank, *common, *options)
+    attention._backward(query, query, key, key, bank, bank, out, *saved, *common, *options, True, True, True)
 
 
 def call_alignment(rows: int, distance: str) -> None:

@@ -14,6 +14,7 @@ from fastprompt.ops import prefix_attention  # noqa: E402
 from fastprompt.ops._triton import INTERPRETED  # noqa: E402
 from fastprompt.ops.prefix_attention import reference  # noqa: E402
 from fastprompt.ops.prefix_attention import triton as backend  # noqa: E402
+from fastprompt.ops.prefix_attention import triton_launches as launches  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
@@ -109,11 +110,11 @@ def test_every_subset_of_requires_grad(trains, monkeypatch):
     grad = torch.randn_like(args[0])
     whole = run(backend.prefix_attention, args, opts, grad, torch.float32)
     if "query" not in trains:  # not even launched
-        monkeypatch.setattr(backend.backward_kernels, "query_kernel", None)
+        monkeypatch.setattr(launches.backward_kernels, "query_kernel", None)
     if not {"key", "value"} & set(trains):
-        monkeypatch.setattr(backend.backward_kernels, "key_value_kernel", None)
+        monkeypatch.setattr(launches.backward_kernels, "key_value_kernel", None)
     if not {"prefix_key", "prefix_value"} & set(trains):
-        monkeypatch.setattr(backend.backward_kernels, "prefix_kernel", None)
+        monkeypatch.setattr(launches.prefix_kernels, "prefix_kernel", None)
     got = run(backend.prefix_attention, args, opts, grad, torch.float32, trains)
     for name, result, want in zip(NAMES, got[2:], whole[2:], strict=True):
         assert torch.equal(result, want) if name in trains else result is None
@@ -150,16 +151,16 @@ def test_the_prefix_sum_in_splits(monkeypatch):
     grad = torch.randn_like(args[0])
     exact, plain = (run(reference.prefix_attention, args, opts, grad, x) for x in (torch.float64, torch.float32))
     for most in (1, 2):
-        monkeypatch.setattr(backend, "PROGRAMS", most)
+        monkeypatch.setattr(launches, "programs", lambda device, most=most: most)
         assert_within_budget(
             run(backend.prefix_attention, args, opts, grad, torch.float32), exact, plain, torch.float32
         )
 
 
 def test_more_splits_than_are_summed_at_once(monkeypatch):
-    monkeypatch.setattr(backend, "SUMMED", dict(SPLITS=2, COLUMNS=16))
+    monkeypatch.setattr(launches, "SUMMED", dict(SPLITS=2, COLUMNS=16))
     args, opts = inputs([200, 43], features=16, prefix=3), options()
-    assert backend._PrefixSums(args[3], 243, 2, False).splits > 3
+    assert launches.PrefixSums(args[3], 243, 2, False).splits > 3
     grad = torch.randn_like(args[0])
     exact, plain = (run(reference.prefix_attention, args, opts, grad, x) for x in (torch.float64, torch.float32))
     assert_within_budget(run(backend.prefix_attention, args, opts, grad, torch.float32), exact, plain, torch.float32)
@@ -181,8 +182,8 @@ def test_prompt_rows(case, dtype, monkeypatch):
     lengths, prompt, heads, kv_heads, chosen = case
     args = inputs([prompt + sum(lengths)], heads, kv_heads, dtype=dtype)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-    grad, launches = torch.randn_like(args[0]), []
-    launch = backend.forward_kernels.forward_kernel
+    grad, grids = torch.randn_like(args[0]), []
+    launch = launches.forward_kernels.forward_kernel
 
     def call(kind, name):
         leaves = [x.detach().to(kind).requires_grad_() for x in args[:3]]
@@ -192,12 +193,12 @@ def test_prompt_rows(case, dtype, monkeypatch):
 
     class Counted:
         def __getitem__(self, grid):
-            launches.append(grid)
+            grids.append(grid)
             return launch[grid]
 
-    monkeypatch.setattr(backend.forward_kernels, "forward_kernel", Counted())
+    monkeypatch.setattr(launches.forward_kernels, "forward_kernel", Counted())
     exact, plain, got = call(torch.float64, "reference"), call(dtype, "reference"), call(dtype, "triton")
-    assert len(launches) == 1
+    assert len(grids) == 1
     for name, result, want, baseline in zip(("out", "lse", *NAMES), got, exact, plain, strict=False):
         error, plain_error = ((x.double() - want).abs().max() for x in (result, baseline))
         assert error <= 2 * plain_error + torch.finfo(dtype).eps * want.abs().max(), name

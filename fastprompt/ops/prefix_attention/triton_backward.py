@@ -6,8 +6,6 @@ Rows are laid out as in triton_kernels.py.
 import triton
 import triton.language as tl
 
-from fastprompt.ops._triton import segment_of
-
 from .triton_kernels import (
     column_tiles,
     find_tile,
@@ -36,7 +34,10 @@ def delta_kernel(
     FEATURES_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta = sum of grad * out over the features, (T, H). Grid: (tiles of T * H rows,)."""
+    """delta = sum of grad * out over the features, (T, H): where query_kernel, which finds it too, does not run.
+
+    Grid: (tiles of T * H rows,).
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < count
     do = load_rows(grad, row_offsets(row // heads, row % heads, grad_strides), valid, FEATURES, FEATURES_BLOCK)
@@ -45,7 +46,8 @@ def delta_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["segments", "prefix", "reach"], do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"]
+    do_not_specialize=["segments", "prefix", "reach", "own_rows"],
+    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"],
 )
 def query_kernel(
     grad,
@@ -54,6 +56,7 @@ def query_kernel(
     value,
     prefix_key,
     prefix_value,
+    out,
     cu_seqlens,
     prefix_index,
     seed,
@@ -68,6 +71,7 @@ def query_kernel(
     reach,
     softcap,
     dropout_p,
+    own_rows,
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
@@ -78,7 +82,7 @@ def query_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The query's gradient (T, H, D), one tile of rows. Grid: (slots, Hkv)."""
+    """The query's gradient (T, H, D), and delta (T, H), of one tile of rows. Grid: (slots, Hkv)."""
     query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides = strides
     segment, begin, length, first_row, prefix = find_tile(
         tl.program_id(0), cu_seqlens, segments, prefix, GROUP, ROWS, PROMPT
@@ -91,8 +95,11 @@ def query_kernel(
     position, head = row // GROUP, kv_head * GROUP + row % GROUP
     q = load_rows(query, row_offsets(begin + position, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
     do = load_rows(grad, row_offsets(begin + position, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
-    peak, log_sum = load_peak_sum(peak_sum, (begin + position) * heads + head, valid)
-    row_delta = tl.load(delta + (begin + position) * heads + head, mask=valid, other=0.0)
+    peak, log_sum = load_peak_sum(peak_sum, begin + position, head, heads, scale, own_rows, valid)
+    written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
+    o = load_rows(out, written, valid, FEATURES, FEATURES_BLOCK)
+    row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + (begin + position) * heads + head, row_delta, mask=valid)
 
     entry = segment * 0
     if prefix_index is not None:
@@ -106,6 +113,8 @@ def query_kernel(
         low, high, length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
     )
     sums = tl.zeros((ROWS, FEATURES_BLOCK), dtype=tl.float32)
+    if own_rows is not None:
+        tiles = prefix_tiles
     for tile in range(first_tile, tiles):
         in_prefix = tile < prefix_tiles
         first = tl.where(in_prefix, tile * COLUMNS - prefix, (tile - prefix_tiles) * COLUMNS + first_column)
@@ -134,17 +143,14 @@ def query_kernel(
             grad_weight = tl.where(keep, grad_weight * (1.0 / (1.0 - dropout_p)), 0.0)
         grad_score = weight * (grad_weight - row_delta[:, None]) * slope
         sums = tl.dot(grad_score.to(k.dtype), k, sums, input_precision=PRECISION)
-    written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
-    store_rows(grad_query, written, valid, sums * scale, FEATURES, FEATURES_BLOCK)
+    sums *= scale
+    if own_rows is not None:
+        sums += load_rows(grad_query, written, valid, FEATURES, FEATURES_BLOCK).to(tl.float32)
+    store_rows(grad_query, written, valid, sums, FEATURES, FEATURES_BLOCK)
 
 
 @triton.jit
-def add_rows(
-    sums_key,
-    sums_value,
-    k,
-    v,
-    first_column,
+def load_tile(
     grad,
     query,
     peak_sum,
@@ -154,8 +160,29 @@ def add_rows(
     token,
     head,
     heads,
-    position,
     valid,
+    scale,
+    own_rows,
+    FEATURES: tl.constexpr,
+    FEATURES_BLOCK: tl.constexpr,
+):
+    """What `add_rows` wants of rows; zero where they are not `valid`."""
+    q = load_rows(query, row_offsets(token, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
+    do = load_rows(grad, row_offsets(token, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
+    peak, log_sum = load_peak_sum(peak_sum, token, head, heads, scale, own_rows, valid)
+    return q, do, peak, log_sum, tl.load(delta + token * heads + head, mask=valid, other=0.0)
+
+
+@triton.jit
+def add_rows(
+    sums_key,
+    sums_value,
+    k,
+    v,
+    tile,
+    row,
+    position,
+    first_column,
     seed,
     length,
     prefix,
@@ -163,8 +190,6 @@ def add_rows(
     reach,
     softcap,
     dropout_p,
-    FEATURES: tl.constexpr,
-    FEATURES_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -172,13 +197,14 @@ def add_rows(
 ):
     """Add what a tile of rows gives to the gradients of a tile of columns, both (COLUMNS, D); scores lie transposed.
 
-    Rows that are not `valid` give zero, as their query, grad and delta are. A column past the last has any value at
+    Rows that are not valid give zero, as their query, grad and delta are. A column past the last has any value at
     all, which goes nowhere.
+
+    Args:
+        tile: of `load_tile`.
+        row: (ROWS,) token * H + head, token counted over all segments.
     """
-    q = load_rows(query, row_offsets(token, head, query_strides), valid, FEATURES, FEATURES_BLOCK)
-    do = load_rows(grad, row_offsets(token, head, grad_strides), valid, FEATURES, FEATURES_BLOCK)
-    peak, log_sum = load_peak_sum(peak_sum, token * heads + head, valid)
-    row_delta = tl.load(delta + token * heads + head, mask=valid, other=0.0)
+    q, do, peak, log_sum, row_delta = tile
     score, slope = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
     weight = weights(score, unit_of(scale, softcap), peak[None, :], log_sum[None, :])
     if CAUSAL or reach is not None:
@@ -187,7 +213,7 @@ def add_rows(
     grad_weight = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     given = weight
     if seed is not None:
-        keep = tl.trans(kept(seed, token * heads + head, first_column, prefix, dropout_p, ROWS, COLUMNS))
+        keep = tl.trans(kept(seed, row, first_column, prefix, dropout_p, ROWS, COLUMNS))
         given = tl.where(keep, weight * (1.0 / (1.0 - dropout_p)), 0.0)
         grad_weight = tl.where(keep, grad_weight * (1.0 / (1.0 - dropout_p)), 0.0)
     sums_value = tl.dot(given.to(do.dtype), do, sums_value, input_precision=PRECISION)
@@ -251,11 +277,13 @@ def key_value_kernel(
     for first_row in range(low * GROUP, end * GROUP, ROWS):
         row = first_row + tl.arange(0, ROWS)
         position, head = row // GROUP, kv_head * GROUP + row % GROUP
+        tile = load_tile(
+            *(grad, query, peak_sum, delta, grad_strides, query_strides, begin + position, head, kv_heads * GROUP),
+            *(row < end * GROUP, scale, None, FEATURES, FEATURES_BLOCK),
+        )
         sums_key, sums_value = add_rows(
-            *(sums_key, sums_value, k, v, first_column, grad, query, peak_sum, delta, grad_strides, query_strides),
-            *(begin + position, head, kv_heads * GROUP, position, row < end * GROUP, seed, length, 0),
-            *(scale, reach, softcap, dropout_p),
-            *(FEATURES, FEATURES_BLOCK, CAUSAL, PRECISION, ROWS, COLUMNS),
+            *(sums_key, sums_value, k, v, tile, (begin + position) * kv_heads * GROUP + head, position, first_column),
+            *(seed, length, 0, scale, reach, softcap, dropout_p, CAUSAL, PRECISION, ROWS, COLUMNS),
         )
     written = row_offsets(begin + column, kv_head, (kv_heads * FEATURES, FEATURES))
     if PROMPT:
@@ -265,132 +293,3 @@ def key_value_kernel(
         there = there & (begin + column >= prefix)
     store_rows(grad_key, written, there, sums_key * scale, FEATURES, FEATURES_BLOCK)
     store_rows(grad_value, written, there, sums_value, FEATURES, FEATURES_BLOCK)
-
-
-@triton.jit(
-    do_not_specialize=["segments", "steps", "rows", "rows_per_split", "kv_heads", "prefix", "reach"],
-    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"],
-)
-def prefix_kernel(
-    grad,
-    query,
-    prefix_key,
-    prefix_value,
-    cu_seqlens,
-    prefix_index,
-    seed,
-    peak_sum,
-    delta,
-    grad_prefix_key,
-    grad_prefix_value,
-    grad_strides,
-    strides,
-    segments,
-    steps,
-    rows,
-    rows_per_split,
-    kv_heads,
-    prefix,
-    scale,
-    reach,
-    softcap,
-    dropout_p,
-    GROUP: tl.constexpr,
-    FEATURES: tl.constexpr,
-    FEATURES_BLOCK: tl.constexpr,
-    PROMPT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The gradients of the prefixes, summed over a part of all rows: (splits, N, Hkv, P, D).
-
-    Of a prompt, (splits, P, Hkv, D), over the `rows` behind its own.
-
-    A prefix is columns to the rows of all segments alike, so tiles of rows go across segments. Which rows read another
-    prefix of a bank, or are too far behind, says their segment.
-
-    Grid: (tiles of P, N * Hkv, splits).
-    """
-    before = 0
-    if PROMPT:
-        before = prefix
-    query_strides, prefix_key_strides, prefix_value_strides = strides
-    entry, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    wide = kv_head.to(tl.int64)
-    first_column = tl.program_id(0) * COLUMNS - prefix
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    there = column < prefix
-    key_offset = row_offsets(entry, wide, prefix_key_strides) + column.to(tl.int64) * prefix_key_strides[2]
-    value_offset = row_offsets(entry, wide, prefix_value_strides) + column.to(tl.int64) * prefix_value_strides[2]
-    k = load_rows(prefix_key, key_offset, there, FEATURES, FEATURES_BLOCK)
-    v = load_rows(prefix_value, value_offset, there, FEATURES, FEATURES_BLOCK)
-    first = tl.program_id(2) * rows_per_split
-    end = tl.minimum(first + rows_per_split, rows)
-    if prefix_index is None:
-        end = tl.where(entry > 0, first, end)  # all rows read the first entry
-    sums_key = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
-    sums_value = tl.zeros((COLUMNS, FEATURES_BLOCK), dtype=tl.float32)
-    for first_row in range(first, end, ROWS):
-        row = first_row + tl.arange(0, ROWS)
-        valid = row < end
-        token, head = row // GROUP, kv_head * GROUP + row % GROUP
-        position, some = token, True
-        if prefix_index is not None or reach is not None:
-            segment = segment_of(token, cu_seqlens, segments, steps)
-            if prefix_index is not None:
-                valid = valid & (tl.load(prefix_index + segment, mask=valid, other=0) == entry)
-            if reach is not None:
-                position = token - tl.load(cu_seqlens + segment, mask=valid, other=0)
-                valid = valid & (position - (first_column + COLUMNS - 1) <= reach)
-            some = tl.max(valid.to(tl.int32)) > 0
-        if some:
-            sums_key, sums_value = add_rows(
-                *(sums_key, sums_value, k, v, first_column, grad, query, peak_sum, delta, grad_strides, query_strides),
-                *(
-                    before + token,
-                    head,
-                    kv_heads * GROUP,
-                    position,
-                    valid,
-                    seed,
-                    0,
-                    prefix,
-                    scale,
-                    reach,
-                    softcap,
-                    dropout_p,
-                ),
-                *(FEATURES, FEATURES_BLOCK, False, PRECISION, ROWS, COLUMNS),
-            )
-    block = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    written = (block * prefix + column) * FEATURES
-    if PROMPT:
-        written = ((tl.program_id(2).to(tl.int64) * prefix + column) * kv_heads + kv_head) * FEATURES
-    store_rows(grad_prefix_key, written, there, sums_key * scale, FEATURES, FEATURES_BLOCK)
-    store_rows(grad_prefix_value, written, there, sums_value, FEATURES, FEATURES_BLOCK)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def sum_splits_kernel(
-    partial,
-    grad_prefix_key,
-    grad_prefix_value,
-    splits,
-    count,
-    SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The sums of partial (2, splits, count) over its splits, always in one order. Grid: (blocks of count, 2)."""
-    i = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    which = tl.program_id(1)
-    first = partial + which.to(tl.int64) * splits * count
-    total = tl.zeros((SPLITS, COLUMNS), dtype=tl.float32)  # several splits' loads are under way at once
-    for begin in range(0, splits, SPLITS):
-        split = begin + tl.arange(0, SPLITS)
-        there = (split < splits)[:, None] & (i < count)[None, :]
-        total += tl.load(first + split.to(tl.int64)[:, None] * count + i[None, :], mask=there, other=0.0)
-    grad = grad_prefix_key
-    if which == 1:
-        grad = grad_prefix_value
-    tl.store(grad + i, tl.sum(total, 0).to(grad.dtype.element_ty), mask=i < count)

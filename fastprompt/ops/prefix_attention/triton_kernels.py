@@ -8,10 +8,13 @@ this order: the factor would round products to their own size, and the differenc
 very weights of the forward from each row's peak, its greatest product, and sum; from a log-sum-exp, which is rounded to
 the size of the scores, it could not.
 
+Where the library's flash kernels have attended to a segment's own rows, these add the prefix (own_rows, the number of
+rows): out, lse and the query's gradient hold what has come so far, and lse, (H, T) then, stands for peak and sum.
+
 Where the first rows are a prompt (PROMPT), they are segment 0, which has no prefix; the segments of cu_seqlens, which
 counts from behind them, come after it, and their prefix is the prompt's keys and values.
 
-Arguments that are None (prefix_index, reach, softcap, seed) and GROUP, FEATURES, ... are constants of the compilation.
+Arguments that are None (prefix_index, reach, softcap, seed, places, own_rows) and GROUP, FEATURES, ... are constants of the compilation.
 What varies from batch to batch is no reason to compile anew, whether it is a multiple of 16 or not: do_not_specialize.
 """
 
@@ -21,7 +24,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234e38)
-SEARCHED = tl.constexpr(128)
+SEARCHED = tl.constexpr(128)  # segments at a time
+SCANNED = tl.constexpr(1024)  # rows at a time
 
 
 @triton.jit
@@ -106,10 +110,15 @@ def unit_of(scale, softcap):
 
 
 @triton.jit
-def load_peak_sum(peak_sum, row, valid):
-    """Of rows (token * H + head): their peak, and their sum's logarithm in units of ln 2."""
-    peak = tl.load(peak_sum + 2 * row, mask=valid, other=0.0)
-    return peak, tl.log2(tl.load(peak_sum + 2 * row + 1, mask=valid, other=1.0))
+def load_peak_sum(peak_sum, token, head, heads, scale, own_rows, valid):
+    """Of rows: their peak, and their sum's logarithm in units of ln 2."""
+    if own_rows is None:
+        row = token * heads + head
+        peak = tl.load(peak_sum + 2 * row, mask=valid, other=0.0)
+        return peak, tl.log2(tl.load(peak_sum + 2 * row + 1, mask=valid, other=1.0))
+    else:
+        lse = tl.load(peak_sum + head * own_rows + token, mask=valid, other=0.0)
+        return lse / scale, lse * 0.0
 
 
 @triton.jit
@@ -183,7 +192,8 @@ def source(tensor, prefix_tensor, strides, prefix_strides, begin, entry, kv_head
 
 
 @triton.jit(
-    do_not_specialize=["segments", "prefix", "reach"], do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"]
+    do_not_specialize=["segments", "prefix", "reach", "own_rows"],
+    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"],
 )
 def forward_kernel(
     query,
@@ -197,6 +207,7 @@ def forward_kernel(
     out,
     lse,
     peak_sum,
+    places,
     strides,
     segments,
     prefix,
@@ -204,6 +215,7 @@ def forward_kernel(
     reach,
     softcap,
     dropout_p,
+    own_rows,
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
@@ -214,7 +226,10 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out (T, H, D), log-sum-exp (T, H), peak and sum (T, H, 2) of one tile of rows. Grid: (slots, Hkv)."""
+    """out (T, H, D), log-sum-exp (T, H), peak and sum (T, H, 2) of one tile of rows. Grid: (slots, Hkv).
+
+    And, for the gradient of the prefix, each token's entry of the bank and place in its segment: places (T, 2).
+    """
     query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides = strides
     segment, begin, length, first_row, prefix = find_tile(
         tl.program_id(0), cu_seqlens, segments, prefix, GROUP, ROWS, PROMPT
@@ -242,6 +257,16 @@ def forward_kernel(
     unit = unit_of(scale, softcap)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     sums = tl.zeros((ROWS, FEATURES_BLOCK), dtype=tl.float32)
+    written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
+    if own_rows is not None:
+        tiles = prefix_tiles
+        peak, _ = load_peak_sum(lse, begin + position, head, heads, scale, own_rows, valid)
+        total += 1.0
+        sums += load_rows(out, written, valid, FEATURES, FEATURES_BLOCK).to(tl.float32)
+    if places is not None:
+        place = places + 2 * (begin + position)
+        tl.store(place, position * 0 + entry, mask=valid & (head == 0))
+        tl.store(place + 1, position, mask=valid & (head == 0))
     for tile in range(first_tile, tiles):
         in_prefix = tile < prefix_tiles
         first = tl.where(in_prefix, tile * COLUMNS - prefix, (tile - prefix_tiles) * COLUMNS + first_column)
@@ -277,9 +302,12 @@ def forward_kernel(
     norm = 1.0 / total
     if seed is not None:
         norm = norm / (1.0 - dropout_p)
-    written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
     store_rows(out, written, valid, sums * norm[:, None], FEATURES, FEATURES_BLOCK)
+    log_sum = peak * unit + tl.log2(total) * LN2
     row = (begin + position) * heads + head
-    tl.store(lse + row, peak * unit + tl.log2(total) * LN2, mask=valid)
-    pair = peak_sum + 2 * row[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(pair, tl.join(peak, total), mask=valid[:, None])
+    if own_rows is None:
+        tl.store(lse + row, log_sum, mask=valid)
+        pair = peak_sum + 2 * row[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(pair, tl.join(peak, total), mask=valid[:, None])
+    else:
+        tl.store(lse + head * own_rows + begin + position, log_sum, mask=valid)
