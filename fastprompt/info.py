@@ -14,7 +14,7 @@ OPTIONAL_PACKAGES = ("triton", "cut_cross_entropy")  # backends that are named f
 SEGMENT_POOL = {"native": ("cpu",), "triton": (), "reference": ()}
 # Backends of each operator, in the order of preference, and the native libraries that have it.
 OPERATORS = {
-    "prefix_attention": {"native": DEVICE_TYPES, "triton": (), "cpu": (), "reference": ()},
+    "prefix_attention": {"native": DEVICE_TYPES, "flash": (), "triton": (), "cpu": (), "reference": ()},
     "pack_prompt": {"native": DEVICE_TYPES, "reference": ()},
     "alignment_loss": {"native": DEVICE_TYPES, "triton": (), "reference": ()},
     "linear_cross_entropy": {"cut_cross_entropy": (), "chunked": (), "reference": ()},
@@ -44,6 +44,9 @@ def describe() -> None:
         for backend, devices in backends.items():
             if backend in OPTIONAL_PACKAGES:
                 state = _state(None if find_spec(backend) else f"the package {backend} is not installed")
+            elif backend == "flash":
+                there = find_spec("triton") and torch.version.cuda
+                state = _state(None if there else "it needs the package triton and a PyTorch for CUDA")
             elif devices:
                 state = "; ".join(f"{device}: {_state(_native.why_not(device))}" for device in devices)
             else:

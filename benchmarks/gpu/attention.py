@@ -47,6 +47,7 @@ ALIGNMENT = [("infonce+cosine", 64, 384), ("cosine", 4096, 768), ("infonce", 102
 if DEVICE == "cpu":
     SHAPES, FLEX = [Shape(2, 8, True, 3, 16, 2, 1, True), Shape(2, 5, True, 4, 16, 1, 1, False)], ()
     ALIGNMENT = [("infonce+cosine", 24, 32)]
+LONG = 128  # rows from which both the fused kernel and flash kernels with it beside them run, whichever is chosen
 PREPARED: dict[Shape, tuple] = {}  # for FlexAttention
 BUDGET = 1.0 if DEVICE == "cuda" else 0.1  # seconds of timing in turns, beyond the fewest turns there must be
 
@@ -106,6 +107,8 @@ class Rivals(Batch):
             if self.shape in FLEX:
                 self._prepare_flex()
                 ways["flex"] = self.flex
+            if self.longest >= LONG:
+                ways |= {f"{name} (ours)": functools.partial(self.ours, name) for name in ("triton", "flash")}
             if _native.available("cuda") and self.shape.dim <= LARGEST_CUDA_HEAD:
                 ways["native (ours)"] = lambda: self.ours("native")
         else:

@@ -23,7 +23,15 @@ RUNS = {  # entry of the table -> the kernels that take it
     "query": ("query_kernel",),
     "columns": ("key_value_kernel", "prefix_kernel"),
 }
-TILES = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 8, 2), (64, 32, 4, 3)]
+TILES = [
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (64, 128, 8, 2),
+    (64, 32, 4, 3),
+    (32, 32, 4, 1),
+]
 if DEVICE == "cpu":
     SHAPES, TILES = [Shape(2, 9, True, 4, 16, 2, 1, True)], [(16, 16, 4, 1)]
 

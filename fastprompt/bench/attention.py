@@ -188,7 +188,9 @@ class Batch:
         return list(torch.autograd.grad(out, leaves if self.prefix else leaves[:3], grad))
 
     def ours(self, backend: str | None = None) -> list[Tensor]:
-        out = prefix_attention(*self.packed, self.cu_seqlens, is_causal=self.causal, backend=backend)
+        out = prefix_attention(
+            *self.packed, self.cu_seqlens, is_causal=self.causal, max_seqlen=self.longest, backend=backend
+        )
         return self._gradients(out, self.packed, self.grad)
 
     def _beside(self, key: Tensor, value: Tensor) -> list[Tensor]:

@@ -125,6 +125,12 @@ def check_bounds(bounds: list[int], rows: int, argument: str = "cu_seqlens") -> 
             raise ValueError(f"{argument} must not decrease, got {end} after {begin} at index {b + 1}")
 
 
+def check_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Raise a ValueError if a segment is longer, where reading that costs no synchronisation."""
+    if _is_readable(cu_seqlens) and len(cu_seqlens) > 1 and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
+        raise ValueError(f"max_seqlen must be at least the longest segment's {longest} rows, got {max_seqlen}")
+
+
 def check_indices(indices: Tensor, bound: int, argument: str, read_values: bool = True) -> None:
     """Check that `indices` are int32 or int64 and, where reading them costs no synchronisation, in [0, bound).
 

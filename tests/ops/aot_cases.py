@@ -12,6 +12,7 @@ import torch
 
 from fastprompt.ops.alignment import triton as alignment
 from fastprompt.ops.gated import triton as gated
+from fastprompt.ops.prefix_attention import flash
 from fastprompt.ops.prefix_attention import triton as prefix_attention
 from fastprompt.ops.rms_norm import triton as rms_norm
 from fastprompt.ops.rotary import triton as rotary
@@ -50,13 +51,16 @@ def cases() -> Iterator[Case]:
             strict = dtype != torch.float32 and features in (64, 128)
             call = partial(call_prefix_attention, dtype, features, LENGTHS[length], ATTENTION[name])
             yield f"attention {str(dtype)[6:]:8} {features:<4} {length:5} {name:8}", strict, call
+    for features, name in product((64, 128, 256), ("causal", "bank", "window", "prompt")):
+        call = partial(call_prefix_attention, torch.bfloat16, features, LENGTHS["long"], ATTENTION[name], True)
+        yield f"attention bfloat16 {features:<4} flash {name:8}", features < 256, call
     for dtype, features, rows, name in product(DTYPES, WIDTHS, ROWS, ALIGNMENT):
         call = partial(call_alignment_loss, dtype, features, ROWS[rows], ALIGNMENT[name])
         yield f"alignment {str(dtype)[6:]:8} {features:<4} {rows:5} {name:8}", True, call
     yield from elementwise_cases()
 
 
-def call_prefix_attention(dtype, features, lengths, options) -> None:
+def call_prefix_attention(dtype, features, lengths, options, beside_flash: bool = False) -> None:
     """One forward and backward."""
     is_causal, window, softcap, prefix_in_window, dropout_p, group, entries, prompt_rows = options
     tokens, prefix = lengths
@@ -67,9 +71,13 @@ def call_prefix_attention(dtype, features, lengths, options) -> None:
     cu_seqlens = torch.empty(segments + 1, dtype=torch.int32, device="meta")
     prefix_index = None if entries == 1 else torch.empty(segments, dtype=torch.int64, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
+    tensors = query, key, key, bank, bank
+    if beside_flash:
+        common = (cu_seqlens, prefix_index, is_causal, 0.125, window, prefix_in_window, prompt_rows, tokens)
+        flash._backward(query, *tensors, *flash._forward(*tensors, *common), *common, True, True, True)
+        return
     options = (is_causal, 0.125, window, softcap, prefix_in_window, dropout_p, prompt_rows)
     common = (cu_seqlens, prefix_index, seed, *options)
-    tensors = query, key, key, bank, bank
     out, _, *saved = prefix_attention._forward(*tensors, *common)
     prefix_attention._backward(query, *tensors, out, *saved, *common, True, True, True)
 

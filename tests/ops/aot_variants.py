@@ -32,7 +32,8 @@ def call_attention(tokens: int, segments: int, prompt_rows: int, window: int | N
     common = (empty(segments + 1, dtype=torch.int32), None, None)
     options = (True, 0.125, window, None, window is not None, 0.0, prompt_rows)
     out, _, *saved = attention._forward(query, key, key, bank, bank, *common, *options)
-    attention._backward(query, query, key, key, bank, bank, out, *saved, *common, *options, True, True, True)
+    for needs in ((True, True, True), (False, False, True)):
+        attention._backward(query, query, key, key, bank, bank, out, *saved, *common, *options, *needs)
 
 
 def call_alignment(rows: int, distance: str) -> None:

@@ -12,7 +12,7 @@ WRONG_SHAPES = [
     ("prefix_key", (2, 4, 8)), ("prefix_key", (3, 1, 4, 8)), ("prefix_value", (3, 2, 5, 8)), ("prefix_value", (8,)),
 ]  # fmt: skip
 MOVED = [(n, inputs([3, 4])[n].to(to)) for n in NAMES[1:] for to in (torch.float16, "meta")]
-WRONG_OPTIONS = [("window", -1), ("softcap", 0.0), ("dropout_p", -0.1), ("dropout_p", 1.0), ("backend", "flash")]
+WRONG_OPTIONS = [("window", -1), ("softcap", 0.0), ("dropout_p", -0.1), ("dropout_p", 1.0), ("backend", "flashing")]
 WRONG_VALUES = [
     ({"cu_seqlens": int32([0, 3, 6])}, ValueError, "cu_seqlens must end at 7, .* got 6"),
     ({"cu_seqlens": int32([0, 8, 7])}, ValueError, "cu_seqlens must not decrease, got 7 after 8 at index 2"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import _native
-from fastprompt.ops._checks import check_cu_seqlens, check_indices
+from fastprompt.ops._checks import check_cu_seqlens, check_indices, check_max_seqlen
 
 from . import cpu, reference
 
@@ -22,6 +22,9 @@ NATIVE_DTYPES = {
     "cuda": (torch.bfloat16, torch.float16),
 }
 LARGEST_CUDA_HEAD = 128
+# Rows of a mean segment from which PyTorch's flash kernels attend to its own rows on a GPU. By estimate: two launches
+# more than one fused kernel need so many products of a segment's rows with each other to be made good.
+FLASH_LENGTH = 300
 LARGEST = 10**9  # rows times heads, and prefix: kernels count both in 32 bits, together or twice
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e38  # between them, and after a factor of a few, are float32's normal numbers
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported only when it runs
@@ -46,6 +49,7 @@ def prefix_attention(
     relative_bias: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
+    max_seqlen: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over packed segments, each over its own rows and over a prefix from a bank.
@@ -80,10 +84,14 @@ def prefix_attention(
             b attends to their rows cu_seqlens_k[b]:cu_seqlens_k[b+1], all of them. Empty segments may be on either
             side. It excludes is_causal, window, prompt_rows and relative_bias.
         return_lse: also return the log-sum-exp of the scores, (T, H) float32 (float64 for float64), not differentiable.
+        max_seqlen: a length that no segment exceeds, where the host knows one: on a GPU long segments go to faster
+            kernels then. It is checked where cu_seqlens is; where it is not, rows beyond it come out wrong.
         backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
-            multiple of 16 up to 128, on GPUs), "triton" (GPUs), "cpu" (PyTorch's flash kernels, CPU only, no softcap,
-            no dropout) or "reference". Only the last has second derivatives; another raises a RuntimeError where one is
-            asked for. On GPUs `relative_bias` and `cu_seqlens_k` are for "reference", and "cpu" has no `relative_bias`.
+            multiple of 16 up to 128, on GPUs), "triton" (GPUs), "flash" (PyTorch's flash kernels for a segment's own rows
+            and Triton for the prefix: NVIDIA GPUs, bfloat16 and float16 with D a multiple of 8, no softcap, no
+            dropout), "cpu" (PyTorch's flash kernels, CPU only, no softcap, no dropout) or "reference". Only the last
+            has second derivatives; another raises a RuntimeError where one is asked for. On GPUs `relative_bias` and
+            `cu_seqlens_k` are for "reference", and "cpu" has no `relative_bias`.
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
@@ -108,12 +116,16 @@ def prefix_attention(
         prefix_key, prefix_value = _check_prompt_rows(query, key, prefix_key, prefix_value, prompt_rows, is_causal)
     elif prefix_key is None or prefix_value is None:
         raise ValueError("prefix_key and prefix_value must be given, or prompt_rows, got None and 0")
-    backend = _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k)
+    max_seqlen = None if max_seqlen is None else _integer("max_seqlen", max_seqlen)
+    is_long = max_seqlen is not None and _mean_is_long(query, cu_seqlens)
+    backend = _choose(backend, query, softcap, dropout_p, is_long, relative_bias, cu_seqlens_k)
     _check(query, key, value, prefix_key, prefix_value, cu_seqlens_k is not None)
     if relative_bias is not None:
         _check_relative_bias(relative_bias, query, softcap)
     read = backend != "native"  # which checks values itself
     _check_segments(query, key, prefix_key, cu_seqlens, cu_seqlens_k, prefix_index, prompt_rows, read)
+    if max_seqlen is not None and read:
+        check_max_seqlen(cu_seqlens, max_seqlen)
     query, scale = _with_positive_scale(query, scale)
     options = is_causal, scale, window, softcap, prefix_in_window, dropout_p
     if backend == "native" and query.device.type == "cpu":
@@ -121,16 +133,20 @@ def prefix_attention(
             *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
             *(*options, prompt_rows, relative_bias, cu_seqlens_k),
         )
-    elif prompt_rows and backend not in ("native", "triton"):
+    elif prompt_rows and backend not in ("native", "triton", "flash"):
         result = _in_two_calls(backend, query, key, value, cu_seqlens, prompt_rows, options, relative_bias)
     else:
         tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index
-        others = dict(prompt_rows=prompt_rows, relative_bias=relative_bias, cu_seqlens_k=cu_seqlens_k)
-        result = _run(backend, *tensors, *options, **others)
+        others = dict(relative_bias=relative_bias, cu_seqlens_k=cu_seqlens_k, max_seqlen=max_seqlen)
+        result = _run(backend, *tensors, *options, prompt_rows=prompt_rows, **others)
     return result if return_lse else result[0]
 
 
-def _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k) -> str:
+def _mean_is_long(query: Tensor, cu_seqlens: Tensor) -> bool:
+    return isinstance(cu_seqlens, Tensor) and query.shape[0] > FLASH_LENGTH * (cu_seqlens.numel() - 1)
+
+
+def _choose(backend, query, softcap, dropout_p, is_long, relative_bias, cu_seqlens_k) -> str:
     """The backend that runs: the fastest that can, or the one asked for."""
     device, plain = query.device.type, softcap is None and dropout_p == 0
     few = {"relative_bias": relative_bias, "cu_seqlens_k": cu_seqlens_k}  # what few backends have
@@ -141,11 +157,13 @@ def _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k) -> 
         if device == "cpu" and plain and relative_bias is None:
             return "cpu"
         # Not "native": it should win where segments are short, but neither has been measured on a GPU yet.
-        return "triton" if device == "cuda" and not few and _why_not_triton(query) is None else "reference"
+        if device != "cuda" or few or _why_not_triton(query) is not None:
+            return "reference"
+        return "flash" if is_long and plain and _why_not_flash(query) is None else "triton"
     devices = {"native": tuple(NATIVE_DTYPES), "cpu": ("cpu",)}.get(backend, (device,))
     if device not in devices:
         raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(devices)}, got {query.device}")
-    if backend == "cpu" and not plain:
+    if not plain and backend in ("cpu", "flash"):
         raise ValueError(
             f"backend {backend!r} needs no softcap and no dropout on {device}, "
             f"got softcap={softcap}, dropout_p={dropout_p}"
@@ -157,8 +175,10 @@ def _choose(backend, query, softcap, dropout_p, relative_bias, cu_seqlens_k) -> 
         raise ValueError(f"backend 'native' {reason}")
     if backend == "triton" and (reason := _why_not_triton(query)):
         raise ValueError(f"backend 'triton' {reason}")
-    if backend not in ("native", "triton", "cpu", "reference"):
-        raise ValueError(f"backend must be None, 'native', 'triton', 'cpu' or 'reference', got {backend!r}")
+    if backend == "flash" and (reason := _why_not_flash(query)):
+        raise ValueError(f"backend 'flash' {reason}")
+    if backend not in ("native", "triton", "flash", "cpu", "reference"):
+        raise ValueError(f"backend must be None, 'native', 'triton', 'flash', 'cpu' or 'reference', got {backend!r}")
     return backend
 
 
@@ -225,7 +245,15 @@ def _why_not_triton(query: Tensor) -> str | None:
     return triton.why_not(query)
 
 
-def _run(backend, *inputs, prompt_rows=0, relative_bias=None, cu_seqlens_k=None) -> tuple[Tensor, Tensor]:
+def _why_not_flash(query: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    from . import flash
+
+    return flash.why_not(query)
+
+
+def _run(backend, *inputs, prompt_rows=0, relative_bias=None, cu_seqlens_k=None, max_seqlen=None):
     tensors, options = inputs[:7], inputs[7:]
     if backend == "triton":
         from . import triton  # here, not at the top: it imports the package triton
@@ -233,8 +261,12 @@ def _run(backend, *inputs, prompt_rows=0, relative_bias=None, cu_seqlens_k=None)
         return triton.prefix_attention(*tensors, *options, prompt_rows)
     if backend == "native":
         return native.prefix_attention(*tensors, *options, prompt_rows)
+    is_causal, scale, window, _, prefix_in_window, _ = options
+    if backend == "flash":
+        from . import flash
+
+        return flash.prefix_attention(*tensors, is_causal, scale, window, prefix_in_window, prompt_rows, max_seqlen)
     if backend == "cpu":
-        is_causal, scale, window, _, prefix_in_window, _ = options
         return cpu.prefix_attention(*tensors, cu_seqlens_k, is_causal, scale, window, prefix_in_window)
     output, lse = reference.prefix_attention(*tensors, *options, relative_bias, cu_seqlens_k)
     return output, lse.detach()

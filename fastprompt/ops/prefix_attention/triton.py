@@ -36,8 +36,9 @@ def _forward(
 
 
 def _outputs(query: Tensor, *of_places) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, peak_sum, places = launches.outputs(query, *of_places)
-    return out, query.new_empty(query.shape[:2], dtype=torch.float32), peak_sum, places
+    """out (T, H, D), log-sum-exp (T, H), peak and sum (T, H, 2), places, not yet filled."""
+    lse, peak_sum = (query.new_empty((*query.shape[:2], *more), dtype=torch.float32) for more in ((), (2,)))
+    return query.new_empty(query.shape), lse, peak_sum, launches.places_like(query, *of_places)
 
 
 _prefix_attention = torch.library.custom_op("fastprompt::prefix_attention_triton", _forward, mutates_args=())

@@ -14,7 +14,8 @@ rows): out, lse and the query's gradient hold what has come so far, and lse, (H,
 Where the first rows are a prompt (PROMPT), they are segment 0, which has no prefix; the segments of cu_seqlens, which
 counts from behind them, come after it, and their prefix is the prompt's keys and values.
 
-Arguments that are None (prefix_index, reach, softcap, seed, places, own_rows) and GROUP, FEATURES, ... are constants of the compilation.
+Arguments that are None (prefix_index, reach, softcap, seed, places, own_rows) and GROUP, FEATURES, ... are constants of
+the compilation.
 What varies from batch to batch is no reason to compile anew, whether it is a multiple of 16 or not: do_not_specialize.
 """
 
@@ -260,7 +261,7 @@ def forward_kernel(
     written = row_offsets(begin + position, head, (heads * FEATURES, FEATURES))
     if own_rows is not None:
         tiles = prefix_tiles
-        peak, _ = load_peak_sum(lse, begin + position, head, heads, scale, own_rows, valid)
+        peak = load_peak_sum(lse, begin + position, head, heads, scale, own_rows, valid)[0]
         total += 1.0
         sums += load_rows(out, written, valid, FEATURES, FEATURES_BLOCK).to(tl.float32)
     if places is not None:

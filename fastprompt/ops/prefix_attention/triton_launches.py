@@ -122,7 +122,8 @@ def configuration(kernel: str, features: int, dtype: torch.dtype, rows: int, col
     tile_rows = min(most_rows, block_of(rows))
     tile_columns = min(most_columns, block_of(columns))
     owned, most_owned = (tile_columns, most_columns) if kernel == "columns" else (tile_rows, most_rows)
-    warps = max(block // 64, warps * owned // most_owned, 1)  # they share the sums of the tile that stays
+    least = max(block // 64, 2 if kernel == "columns" else 1)  # a tile that stays has two sums there
+    warps = max(least, warps * owned // most_owned)  # they share its sums
     return dict(
         FEATURES=features,
         FEATURES_BLOCK=block,
@@ -141,18 +142,10 @@ def programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def outputs(
-    query: Tensor, prefix_index: Tensor | None, window: int | None, prefix_in_window: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (T, H, D), peak and sum (T, H, 2), places (T, 2), not yet filled.
-
-    The gradient of the prefix has to know whose row is whose only where rows differ in what they see of it; else places
-    is (0, 2).
-    """
-    tokens, heads, _ = query.shape
+def places_like(query: Tensor, prefix_index: Tensor | None, window: int | None, prefix_in_window: bool) -> Tensor:
+    """(T, 2) int32 for the forward to fill; (0, 2) where all rows see the same prefix, and its gradient needs none."""
     differ = prefix_index is not None or (window is not None and prefix_in_window)
-    peak_sum = query.new_empty((tokens, heads, 2), dtype=torch.float32)
-    return query.new_empty(query.shape), peak_sum, query.new_empty((tokens if differ else 0, 2), dtype=torch.int32)
+    return query.new_empty((query.shape[0] if differ else 0, 2), dtype=torch.int32)
 
 
 def forward(
@@ -169,7 +162,8 @@ def forward(
     With `own_rows`, T, out and lse (H, T) hold what the segments' own rows gave, and the prefix is added.
     """
     tokens, _, features = tensors.query.shape
-    kv_heads, prefix, segments = tensors.key.shape[1], tensors.prefix_key.shape[2], tensors.segments(options.prompt_rows)
+    kv_heads, prefix = tensors.prefix_key.shape[1:3]
+    segments = tensors.segments(options.prompt_rows)
     typical, typical_rows = tensors.typical(segments)
     columns = max(typical, prefix) if own_rows is None else prefix
     config = configuration("forward", features, tensors.query.dtype, typical_rows, columns)
