@@ -42,11 +42,9 @@ def describe() -> None:
     print("\noperators and their backends")
     for operator, backends in OPERATORS.items():
         for backend, devices in backends.items():
-            if backend in OPTIONAL_PACKAGES:
-                state = _state(None if find_spec(backend) else f"the package {backend} is not installed")
-            elif backend == "flash":
-                there = find_spec("triton") and torch.version.cuda
-                state = _state(None if there else "it needs the package triton and a PyTorch for CUDA")
+            package = "triton" if backend == "flash" else backend
+            if package in OPTIONAL_PACKAGES:
+                state = _state(None if find_spec(package) else f"the package {package} is not installed")
             elif devices:
                 state = "; ".join(f"{device}: {_state(_native.why_not(device))}" for device in devices)
             else:
