@@ -87,8 +87,8 @@ def prefix_attention(
         max_seqlen: a length that no segment exceeds, where the host knows one: on a GPU long segments go to faster
             kernels then. It is checked where cu_seqlens is; where it is not, rows beyond it come out wrong.
         backend: None chooses; "native" (one fused kernel in C++, on the CPU and, in bfloat16 and float16 with D a
-            multiple of 16 up to 128, on GPUs), "triton" (GPUs), "flash" (PyTorch's flash kernels for a segment's own rows
-            and Triton for the prefix: NVIDIA GPUs, bfloat16 and float16 with D a multiple of 8, no softcap, no
+            multiple of 16 up to 128, on GPUs), "triton" (GPUs), "flash" (PyTorch's flash kernels for a segment's own
+            rows and Triton for the prefix: NVIDIA GPUs, bfloat16 and float16 with D a multiple of 8, no softcap, no
             dropout), "cpu" (PyTorch's flash kernels, CPU only, no softcap, no dropout) or "reference". Only the last
             has second derivatives; another raises a RuntimeError where one is asked for. On GPUs `relative_bias` and
             `cu_seqlens_k` are for "reference", and "cpu" has no `relative_bias`.
@@ -168,7 +168,7 @@ def _choose(backend, query, softcap, dropout_p, is_long, relative_bias, cu_seqle
             f"backend {backend!r} needs no softcap and no dropout on {device}, "
             f"got softcap={softcap}, dropout_p={dropout_p}"
         )
-    on_gpu = backend == "triton" or (backend == "native" and device != "cpu")
+    on_gpu = backend in ("triton", "flash") or (backend == "native" and device != "cpu")
     if few and (on_gpu or (backend == "cpu" and few == "relative_bias")):
         raise ValueError(f"backend {backend!r} has no {few} on {device}; 'reference' has")
     if backend == "native" and (reason := _why_not_native(query)):
