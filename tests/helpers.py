@@ -29,10 +29,13 @@ ENCODERS, DECODERS = ("bert", "xlm-roberta"), ("llama", "gemma3_text")
 
 def build(family: str, auto: str = "AutoModel", dtype: torch.dtype = torch.float64, seed: int = 0, **config):
     """A model of class `auto` with weights large enough that attention is far from uniform."""
+    import families  # which has more of them, and takes its time
+
     torch.manual_seed(seed)
-    settings = CONFIGS[family].to_dict() | config
-    settings = type(CONFIGS[family]).from_dict(settings)
-    settings._attn_implementation = "sdpa"
+    own = CONFIGS.get(family) or families.FAMILIES[family]
+    settings = type(own).from_dict(own.to_dict() | config)
+    settings._attn_implementation = "eager" if family == "gemma2" else "sdpa"  # which has no cap of the scores
+    settings._experts_implementation = "eager"  # the others have no float64
     model = getattr(transformers, auto).from_config(settings)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:

@@ -1,65 +1,53 @@
-"""What differs between the model families that fastprompt packs."""
+"""What differs between model families: most is read off a model's modules (`packed.served`), the rest is here."""
 
 from dataclasses import dataclass
-
-from torch import nn
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The numbers a prompt must fit.
+    """The numbers a prompt must fit, and where a packed pass finds what it needs.
 
     Attributes:
         layers, kv_heads, head_dim: shape of one layer's keys and values.
         hidden: features of an input embedding.
+        width: features of what goes from layer to layer.
         first_position: position number of a segment's first row (XLM-R begins after its padding index).
         positions: rows of the absolute position table that can be used, or None where positions are relative.
         is_causal: rows see no later rows.
+        attends: names, within the base model, of the modules that attend, one a layer. A name stands more than once
+            where layers share a module.
         sublayers: of a layer, the module that attends, and those whose outputs are what attention and feed-forward part
-            add to the residual stream.
+            add to the residual stream; None: not known.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     hidden: int
+    width: int
     first_position: int
     positions: int | None
     is_causal: bool
-    sublayers: tuple[str, str, str]
+    attends: tuple[str, ...]
+    sublayers: tuple[str, str, str] | None
+
+    @property
+    def shares_modules(self) -> bool:
+        """A module is called for more than one layer (ALBERT), so that none knows which it is."""
+        return len(set(self.attends)) != self.layers
 
 
-ENCODERS, DECODERS = ("bert", "xlm-roberta"), ("llama", "gemma3_text")
-_IN_ENCODERS = "attention", "attention.output.dropout", "output.dropout"
-_IN_DECODERS = "self_attn", "self_attn.o_proj", "mlp"
+# The base model that heads call, where it is not `base_model` itself, by model type.
+CALLED = {"opt": "decoder"}
 
-
-def geometry(backbone: nn.Module) -> Geometry:
-    """Read the geometry off a transformers model.
-
-    Raises:
-        TypeError: `backbone` is no transformers model.
-        ValueError: of a family, or of a variety of it, that is not supported.
-    """
-    config = getattr(backbone, "config", None)
-    family = getattr(config, "model_type", None)
-    if family is None:
-        raise TypeError(f"backbone must be a transformers model, got {type(backbone).__name__}")
-    if family not in ENCODERS + DECODERS:
-        raise ValueError(f"backbone must be of a family in {ENCODERS + DECODERS}, got {family!r}")
-    if family in ENCODERS and (config.is_decoder or getattr(config, "add_cross_attention", False)):
-        raise ValueError(f"backbone of family {family!r} must be an encoder, got is_decoder or add_cross_attention set")
-    if getattr(config, "use_bidirectional_attention", False):
-        raise ValueError(f"backbone of family {family!r} must be causal, got use_bidirectional_attention set")
-    heads = config.num_attention_heads
-    first_position = config.pad_token_id + 1 if family == "xlm-roberta" else 0
-    return Geometry(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden=config.hidden_size,
-        first_position=first_position,
-        positions=config.max_position_embeddings - first_position if family in ENCODERS else None,
-        is_causal=family in DECODERS,
-        sublayers=_IN_ENCODERS if family in ENCODERS else _IN_DECODERS,
-    )
+# What `Geometry.sublayers` may be: the first whose modules a layer has.
+SUBLAYERS = (
+    ("attention", "attention.output.dropout", "output.dropout"),  # BERT's kin
+    ("self_attn", "self_attn.o_proj", "mlp"),  # Llama's
+    ("self_attn", "self_attn.dense", "mlp"),  # Phi
+    ("self_attn", "self_attn.out_proj", "fc2"),  # OPT
+    ("attn", "attn.c_proj", "mlp"),  # GPT-2
+    ("attention", "attention.dense", "mlp"),  # GPT-NeoX
+    ("attention", "attention.out_lin", "ffn"),  # DistilBERT
+    ("attn", "attn.Wo", "mlp"),  # ModernBERT
+)

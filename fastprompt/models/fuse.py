@@ -62,7 +62,7 @@ def fuse(peft_model):
     if replaced is not None:  # PEFT leaves it there after `disable_adapter`
         del peft_model.forward
     peft_model.__class__ = _fused_class(type(peft_model))
-    if packed.model is not packed.base:
+    if packed.model is not packed.model.base_model:
         _name_for_trainer(packed.model)
     return peft_model
 

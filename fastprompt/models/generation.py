@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from .packed import PackedBackbone, PromptInputs
-from .packed.passes import GenerationPass
+from .packed.passes import GenerationPass, KeysPass
 
 _TEXTS = ("input_ids", "inputs_embeds", "inputs")  # arguments of generate that tell how many texts there are
 
@@ -79,11 +78,10 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def _of_rows(base: nn.Module, prompt_inputs: PromptInputs) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values that the prompts' rows (N, P, E) have in each layer: no text comes before them."""
-    cache = DynamicCache()  # plain layers: a sliding one would cut the prompt
-    own = GenerationPass({}, None, None, False, prompt_inputs.adapters)
+    own = KeysPass(prompt_inputs.adapters)
     rows = prompt_inputs.prompt.to(base.get_input_embeddings().weight.dtype)
-    base(inputs_embeds=rows, past_key_values=cache, fastprompt_pass=own)
-    return {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
+    base(inputs_embeds=rows, use_cache=False, fastprompt_pass=own)
+    return dict(enumerate(own.found))
 
 
 def _positions(rows: int, mask: Tensor | None, cache, device: torch.device) -> Tensor:

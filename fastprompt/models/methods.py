@@ -6,6 +6,7 @@ from fastprompt._extras import require
 
 from .config import PromptConfig
 from .packed import PackedBackbone
+from .packed.served import base_of, geometry, layer_list
 from .prompt_model import PromptModel
 
 METHODS = ("head", "full", "lora", "prompt", "prefix")
@@ -93,19 +94,16 @@ def keep_layers(backbone: nn.Module, count: int) -> None:
     Raises:
         ValueError: fewer than one, or more than there are.
     """
-    total = backbone.config.num_hidden_layers
+    served, config = geometry(backbone), backbone.config.get_text_config()
+    total = served.layers
+    if served.shares_modules:
+        raise ValueError(f"num_layers must not be given: layers of family {config.model_type!r} share their modules")
     if not 1 <= count <= total:
         raise ValueError(f"num_layers must be in [1, {total}], the backbone's, got {count}")
-    holder, name = next(
-        (module, name)
-        for module in backbone.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == total
-    )
-    setattr(holder, name, getattr(holder, name)[:count])
-    backbone.config.num_hidden_layers = count
-    if getattr(backbone.config, "layer_types", None):
-        backbone.config.layer_types = backbone.config.layer_types[:count]
+    del layer_list(base_of(backbone), served.attends)[count:]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
 
 
 def _add_lora(backbone: nn.Module, rank: int) -> None:

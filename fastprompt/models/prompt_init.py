@@ -8,6 +8,7 @@ from fastprompt.nn.prompts import join_prefix
 
 from .config import PromptConfig
 from .packed import PackedBackbone
+from .packed.passes import KeysPass
 
 
 def new_prompt(config: PromptConfig, packed: PackedBackbone) -> Prompt | Prefix:
@@ -84,12 +85,9 @@ def _initial(config: PromptConfig, packed: PackedBackbone) -> Tensor:
         ids = ids.repeat(-(-rows // len(ids)))[:rows]
     if config.kind == "prompt":
         return embedding(ids).to(dtype)
-    from transformers import DynamicCache
-
-    was_training = packed.base.training
+    was_training, own = packed.base.training, KeysPass()
     packed.base.eval()
-    cache = DynamicCache()  # plain layers: a sliding one would cut the prefix
-    packed.base(input_ids=ids.unsqueeze(0), past_key_values=cache)
+    packed.base(input_ids=ids.unsqueeze(0), fastprompt_pass=own)
     packed.base.train(was_training)
-    layers = [cache.layers[i] for i in chosen_layers(config, packed.geometry.layers)]
-    return join_prefix([(layer.keys[0], layer.values[0]) for layer in layers]).to(dtype)
+    layers = [own.found[i] for i in chosen_layers(config, packed.geometry.layers)]
+    return join_prefix([(key[0], value[0]) for key, value in layers]).to(dtype)

@@ -1,6 +1,7 @@
 """Sentences to vectors: the backbone and its tokenizer, pooling, and what is constant in training kept on disk."""
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from fastprompt._extras import require
 from fastprompt._files import cache_folder
 from fastprompt.models import PromptModel
-from fastprompt.models.families import DECODERS, ENCODERS
 from fastprompt.models.packed import PackedBackbone
 
 from .cache import cached
@@ -39,10 +39,11 @@ def load_backbone(
 
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        # The pooler of an encoder reads one row and is often not in the weights: no vector here comes from it.
-        options = {"add_pooling_layer": False} if config.model_type in ENCODERS else {}
-        causal = causal_head and config.model_type in DECODERS
+        causal = causal_head and _is_decoder(config)
         kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        # The pooler of an encoder reads one row and is often not in the weights: no vector here comes from it.
+        own = () if causal else inspect.signature(transformers.MODEL_MAPPING[type(config)]).parameters
+        options = {"add_pooling_layer": False} if "add_pooling_layer" in own else {}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all that is wrong is told below
         model, found = kind.from_pretrained(name, dtype=torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -52,6 +53,13 @@ def load_backbone(
         raise ValueError(f"backbone {name!r} is damaged: {' '.join(str(error).split())}") from error
     _check_found(name, model, found)
     return model.eval().to(device), tokenizer
+
+
+def _is_decoder(config) -> bool:
+    """An encoder may have a causal language model's class as well, beside a masked one's."""
+    transformers = require("transformers", "train")
+    kind = type(config)
+    return kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in transformers.MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _check_found(name: str, model: nn.Module, found: dict) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..families import geometry
 from . import layout
 from .attention import NAME
 from .forward import PackedForward
@@ -16,6 +15,7 @@ from .head import CausalHead
 from .inputs import PromptInputs
 from .layers import fuse_layers
 from .layout import NO_LABEL, Packing
+from .served import base_of, geometry, layer_list
 
 # The inputs that say which tokens there are, and of which samples.
 TELLING = "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"
@@ -52,14 +52,17 @@ class PackedBackbone:
 
     def __init__(self, model: nn.Module, *, fused: bool = False) -> None:
         self.geometry = geometry(model)
-        self.model, self.base = model, model.base_model
+        self.model, self.base = model, base_of(model)
         output_embeddings = model.get_output_embeddings() is not None
         self.is_causal_lm = self.geometry.is_causal and output_embeddings
         names = [each.__name__ for each in type(model).__mro__]
-        by_token = model is self.base or output_embeddings or any("TokenClassification" in name for name in names)
+        by_token = (
+            model is model.base_model or output_embeddings or any("TokenClassification" in name for name in names)
+        )
         self.one_result_a_row = not by_token
         spans = any("QuestionAnswering" in name for name in names)
-        self.pools_first_row = self.one_result_a_row and not spans and not self.geometry.is_causal
+        means = getattr(model.config, "classifier_pooling", "cls") not in ("cls", "bos")  # of all rows
+        self.pools_first_row = self.one_result_a_row and not spans and not means and not self.geometry.is_causal
         if not fused or model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         if not fused:
@@ -164,8 +167,7 @@ class PackedBackbone:
     @property
     def layers(self) -> nn.ModuleList:
         """The base model's layers."""
-        lists = (module for module in self.base.modules() if isinstance(module, nn.ModuleList))
-        return next(modules for modules in lists if len(modules) == self.geometry.layers)
+        return layer_list(self.base, self.geometry.attends)
 
     @contextmanager
     def _stand_in(self, which: Sequence[int], states: Tensor | None = None) -> Iterator[StandIn]:
@@ -188,6 +190,12 @@ class PackedBackbone:
             raise ValueError("past_key_values and use_cache must not be given: a packed pass keeps no cache")
         if inputs.get("output_attentions"):
             raise ValueError("output_attentions must not be set: attention weights are never formed")
+        if inputs.get(
+            "output_router_logits", getattr(self.model.config.get_text_config(), "output_router_logits", False)
+        ):
+            raise ValueError(
+                "output_router_logits must not be set: a packed pass has other rows to balance experts over"
+            )
         if not isinstance(inputs.get("logits_to_keep", 0), int) or inputs.get("logits_to_keep", 0):
             raise ValueError("logits_to_keep must not be given: training computes labelled positions only")
         batch = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]

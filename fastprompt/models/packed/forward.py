@@ -1,6 +1,7 @@
 """One packed forward: what stands in for the base model's own while a model runs."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from functools import cache
 
@@ -141,6 +142,7 @@ class PackedForward:
             leading_index=plan.leading_index,
             prefix_in_window=given.prefix_in_window,
             adapters=given.adapters,
+            numbers=itertools.count() if geometry.shares_modules else None,
         )
 
     def _token_types(self, types: Tensor, plan: Plan) -> Tensor:
@@ -180,7 +182,7 @@ class PackedForward:
         firsts = None if plan.first_rows is None else hidden[0].index_select(0, plan.first_rows)
         if self.pooler is not None:
             # It reads the first column, which left padding leaves empty.
-            output.pooler_output = self.pooler(firsts.unsqueeze(1))
+            output.pooler_output = _pooled(self.base, self.pooler, firsts)
         if self.head is not None:
             return
         padded = self._padded(self._tokens(hidden, plan), plan)  # (B, L, D)
@@ -202,6 +204,13 @@ class PackedForward:
         return (
             hidden[0, num_prompts * rows :] if plan.token_rows is None else hidden[0].index_select(0, plan.token_rows)
         )
+
+
+def _pooled(base: nn.Module, pooler: nn.Module, firsts: Tensor) -> Tensor:
+    """(S, D'), what the base model's pooler makes of the rows (S, D) that stand for segments."""
+    if isinstance(pooler, nn.Linear):  # ALBERT's
+        return base.pooler_activation(pooler(firsts))
+    return pooler(firsts.unsqueeze(1))
 
 
 def _batch_of(stock: dict) -> Tensor:

@@ -13,6 +13,7 @@ from fastprompt.ops import linear_cross_entropy
 from fastprompt.ops._checks import check_targets
 
 from .layout import Packing, Plan
+from .logits import scale_and_cap
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,8 @@ class HeadRows:
 class CausalHead:
     """What one pass hands to the head, and the loss of it.
 
-    Where only a loss is wanted and the head is a frozen linear layer, it is handed no rows: loss and gradient come from
-    the hidden states, a piece of the vocabulary at a time.
+    Where only a loss is wanted and the head is a frozen linear layer, with nothing unknown behind it, it is handed no
+    rows: loss and gradient come from the hidden states, a piece of the vocabulary at a time.
 
     Args:
         model: a causal language model.
@@ -59,7 +60,9 @@ class CausalHead:
             check_targets(labels, model.config.get_text_config().vocab_size, -100, "labels")
         head = model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        self.from_states = not self.all_logits and plain and model.loss_function is ForCausalLMLoss
+        plain = plain and not self.all_logits and model.loss_function is ForCausalLMLoss
+        self.scale_and_cap = scale_and_cap(model) if plain else None
+        self.from_states = self.scale_and_cap is not None
 
     def planned(
         self, packing: Packing, leading: tuple[int, int], prompt_index: np.ndarray | None
@@ -118,9 +121,10 @@ class CausalHead:
         targets = rows.targets
         if self.from_states:
             weight = self.model.get_output_embeddings().weight
-            softcap = getattr(self.model.config, "final_logit_softcapping", None)
+            scale, softcap = self.scale_and_cap
             options = {"label_smoothing": self.label_smoothing, "softcap": softcap}
-            total = linear_cross_entropy(rows.states.to(weight.dtype), weight, targets, **options)
+            states = rows.states if scale == 1 else rows.states * scale
+            total = linear_cross_entropy(states.to(weight.dtype), weight, targets, **options)
         elif self.label_smoothing:
             total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=self.label_smoothing)
         else:

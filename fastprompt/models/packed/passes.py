@@ -1,12 +1,37 @@
 """What one pass through a backbone hands to every attention layer, as the keyword `fastprompt_pass`."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from fastprompt.ops import prefix_attention
+
+
+def stock_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    softcap: float | None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """transformers' own attention: sdpa, which has no cap of the scores, or eager, which has."""
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is None:  # left out where it is causal and nothing is padded
+        rows, columns = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    if attention_mask.dtype == torch.bool:
+        least = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)  # where its softmax is
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, least)
+    output, _ = eager_attention_forward(module, query, key, value, attention_mask, softcap=softcap, **options)
+    return output, None
 
 
 @dataclass(frozen=True)
@@ -27,6 +52,7 @@ class PackedPass:
             numbers; None: one leads at most, and has no prefix.
         prefix_in_window: the prefix slides out of a window.
         adapters: those that act in this pass, if any.
+        numbers: of the layers to come, where their modules do not know them.
     """
 
     cu_seqlens: Tensor
@@ -40,10 +66,13 @@ class PackedPass:
     leading_index: Tensor | None
     prefix_in_window: bool
     adapters: nn.ModuleList | None
+    numbers: Iterator[int] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         """query (R, H, D), key and value (R, Hkv, D), R = N F + T -> (R, H, D)."""
         options |= {"is_causal": self.is_causal, "prefix_in_window": self.prefix_in_window}
+        if not self.is_causal and options.get("window") is not None:
+            options["window"] -= 1  # transformers: fewer than that many rows apart, to both sides
         # Under autocast the rotary embedding leaves float32 beside values of less.
         query, key = query.to(value.dtype), key.to(value.dtype)
         num_prompts, rows = self.num_prompts, self.leading_rows
@@ -84,10 +113,11 @@ class PackedPass:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        **others,
     ) -> tuple[Tensor, None]:
         """transformers' attention interface, of a batch (1, ..., R, D) that is packed; its mask is not read."""
         output = self.attend(
-            module.layer_idx,
+            module.layer_idx if self.numbers is None else next(self.numbers),
             *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             scale=scaling,
             window=sliding_window,
@@ -95,6 +125,26 @@ class PackedPass:
             dropout_p=dropout,
         )
         return output.unsqueeze(0), None
+
+
+@dataclass(frozen=True)
+class KeysPass:
+    """One call of the base model on rows without a text, of which the keys and values are wanted.
+
+    Attributes:
+        adapters: those that act, if any.
+        found: keys and values, each (N, Hkv, P, D), layer by layer.
+    """
+
+    adapters: nn.ModuleList | None = None
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+    ) -> tuple[Tensor, None]:
+        """transformers' attention interface."""
+        self.found.append((key, value))
+        return stock_attention(module, query, key, value, attention_mask, **options)
 
 
 @dataclass(frozen=True)
@@ -123,10 +173,14 @@ class GenerationPass:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
         sliding_window: int | None = None,
-        **options,
+        softcap: float | None = None,
+        **others,
     ) -> tuple[Tensor, None]:
         """transformers' attention interface, over the prefix and the cached text."""
+        options = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
         prefix = self.prefix.get(module.layer_idx)
         if prefix is not None:
             (samples, _, rows, _), cached = query.shape, key.shape[2]
@@ -148,7 +202,7 @@ class GenerationPass:
                 )
             seen = seen.expand(max(len(seen), len(attention_mask)), -1, -1, -1)
             attention_mask = torch.cat([seen, attention_mask.expand(len(seen), -1, -1, -1)], 3)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return stock_attention(module, query, key, value, attention_mask, **options)
 
     def _seen(self, rows: int, length: int, window: int | None) -> Tensor:
         """(B or 1, 1, rows, length), whether a row sees each position of the prefix."""
