@@ -5,12 +5,15 @@ from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import KINDS
-from .packed import PackedBackbone, PromptInputs
+from .packed import PackedBackbone, PromptInputs, layout
 
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+FUSED_KINDS = KINDS | {MULTITASK: "prompt"}  # of PEFT's types: what a pass is given
 _PUT_BACK = {"forward", "prepare_inputs_for_generation"}
 
 
@@ -35,11 +38,12 @@ def fuse(peft_model):
     - a causal language model in training mode, given labels, returns `logits=None` beside its loss unless
       `return_logits=True`.
 
-    Its forward also takes `return_logits`, `shared_prefix_ids` and `label_smoothing`, as `PromptModel.forward` does.
+    Its forward also takes `return_logits`, `shared_prefix_ids` and `label_smoothing`, as `PromptModel.forward` does;
+    with MULTITASK_PROMPT_TUNING it takes `task_ids`, as PEFT's: each task of a batch is one prompt of the pass.
 
     Args:
-        peft_model: a PeftModel whose active adapter is PREFIX_TUNING, PROMPT_TUNING or P_TUNING, over a supported
-            family.
+        peft_model: a PeftModel whose active adapter is PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or
+            MULTITASK_PROMPT_TUNING, over a supported family. Beneath it there may be LoRA, or the like.
 
     Returns:
         The same object.
@@ -58,7 +62,7 @@ def fuse(peft_model):
     replaced = peft_model.__dict__.get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not type(peft_model).forward:
         raise ValueError(f"peft_model's forward must be its class's own: fuse it before it is prepared, got {replaced}")
-    packed = PackedBackbone(peft_model.get_base_model())
+    packed = PackedBackbone(_backbone(peft_model))
     if replaced is not None:  # PEFT leaves it there after `disable_adapter`
         del peft_model.forward
     peft_model.__class__ = _fused_class(type(peft_model))
@@ -71,28 +75,15 @@ class FusedForward:
     """What `fuse` puts before a PeftModel's own class."""
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
-        kind = _kind(self)
-        if kwargs.pop("task_ids", None) is not None:
-            raise ValueError("task_ids must not be given: multitask prompts cannot be fused")
         labels, return_logits = kwargs.pop("labels", None), kwargs.pop("return_logits", False)
         shared_ids, label_smoothing = kwargs.pop("shared_prefix_ids", None), kwargs.pop("label_smoothing", 0.0)
-        return_dict = kwargs.pop("return_dict", None)
+        return_dict, task_ids = kwargs.pop("return_dict", None), self._checked(kwargs.pop("task_ids", None))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
-        packed = PackedBackbone(self.get_base_model(), fused=True)
-        packing, _ = packed.pack(inputs, labels)
-        # One encoding per step: PEFT's own encoder, whichever it is, on a batch of one. It keeps the prompt's ids on
-        # the host, and would wait for their copy in each step.
-        name = self.active_adapter
-        self.prompt_tokens[name] = self.prompt_tokens[name].to(self.prompt_encoder[name].embedding.weight.device)
-        encoded = self.get_prompt(batch_size=1)
-        if kind == "prefix":
-            encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}
-        prompt_inputs = PromptInputs(
-            **{kind: encoded},
-            shared_ids=shared_ids,
-            position_offset=self.active_peft_config.num_virtual_tokens,
-            prefix_in_window=True,
-        )
+        packed = PackedBackbone(_backbone(self), fused=True)
+        packing, tasks = packed.pack(inputs, labels, task_ids)
+        if tasks is not None and tasks.shape != (packing.segments,):
+            raise ValueError(f"task_ids must be ({packing.segments},), one a sentence, got {tasks.shape}")
+        prompt_inputs = self._prompt_inputs(tasks, shared_ids)
         output = packed(
             *(inputs, packing, prompt_inputs),
             labels=labels,
@@ -101,6 +92,41 @@ class FusedForward:
             pools_prompt=True,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _checked(self, task_ids: Tensor | None) -> Tensor | None:
+        """What is told before any value is read."""
+        peft_type = _peft_type(self)
+        if (task_ids is not None) != (peft_type == MULTITASK):
+            got = "none" if task_ids is None else f"some with {peft_type}"
+            raise ValueError(f"task_ids must be given with {MULTITASK}, and with nothing else, got {got}")
+        if task_ids is not None and getattr(task_ids, "dtype", None) not in (torch.int32, torch.int64):
+            got = getattr(task_ids, "dtype", type(task_ids).__name__)
+            raise TypeError(f"task_ids must be a tensor of torch.int32 or torch.int64, got {got}")
+        return task_ids
+
+    def _prompt_inputs(self, tasks: np.ndarray | None, shared_ids: Tensor | None) -> PromptInputs:
+        """One encoding per step: PEFT's own encoder, whichever it is, on a batch of one, or of the tasks there are."""
+        name, kind, config = self.active_adapter, _kind(self), self.active_peft_config
+        device = self.prompt_encoder[name].embedding.weight.device
+        # PEFT keeps the prompt's ids on the host, and would wait for their copy in each step.
+        self.prompt_tokens[name] = self.prompt_tokens[name].to(device)
+        index, batch = None, {"batch_size": 1}
+        if tasks is not None:
+            found, index = np.unique(tasks, return_inverse=True)
+            wrong = found[(found < 0) | (found >= config.num_tasks)]
+            if len(wrong):
+                raise IndexError(f"task_ids must be in [0, {config.num_tasks}), got {wrong[0]}")
+            batch = {"batch_size": len(found)} | layout.to_device({"task_ids": found}, device)
+        encoded = self.get_prompt(**batch)
+        if kind == "prefix":
+            encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}
+        return PromptInputs(
+            **{kind: encoded},
+            index=index,
+            shared_ids=shared_ids,
+            position_offset=config.num_virtual_tokens,
+            prefix_in_window=True,
+        )
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype:
@@ -143,8 +169,25 @@ def _name_for_trainer(model: nn.Module) -> None:
     model.model._get_name = partial(str, type(model).__name__)
 
 
+def _backbone(peft_model) -> nn.Module:
+    """transformers' model beneath it, and beneath LoRA or the like between the two."""
+    import peft
+
+    model = peft_model.get_base_model()
+    while isinstance(model, peft.PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(f"peft_model must hold no other prompts beneath its own, got {_peft_type(model)}")
+        model = model.get_base_model()
+    return model
+
+
+def _peft_type(peft_model) -> str:
+    peft_type = peft_model.active_peft_config.peft_type
+    return getattr(peft_type, "value", peft_type)
+
+
 def _kind(peft_model) -> str:
-    peft_type = getattr(peft_model.active_peft_config.peft_type, "value", peft_model.active_peft_config.peft_type)
-    if peft_type not in KINDS:
-        raise ValueError(f"peft_model's active adapter must be one of {tuple(KINDS)}, got {peft_type}")
-    return KINDS[peft_type]
+    peft_type = _peft_type(peft_model)
+    if peft_type not in FUSED_KINDS:
+        raise ValueError(f"peft_model's active adapter must be one of {tuple(FUSED_KINDS)}, got {peft_type}")
+    return FUSED_KINDS[peft_type]
