@@ -29,13 +29,17 @@ SWITCHES = {
         peft.prepare_model_for_kbit_training(backbone, gradient_checkpointing_kwargs={"use_reentrant": False}),
     ),
 }
-REFUSED = ("reentrant", "torch's default", "torch's own function", "for few bits")
+REENTRANT = ("reentrant", "torch's default", "torch's own function", "for few bits")
 
 
 def wrapped(backbone, maker: str):
     kind, *rest = maker.removeprefix("fused ").split()
     if not maker.startswith("fused"):
-        return PromptModel(backbone, PromptConfig(kind, P, init_scale=1.0, encoder=rest[0] if rest else None))
+        more = {"adapter_size": 4} if "adapters" in rest else {"encoder": rest[0] if rest else None}
+        model = PromptModel(backbone, PromptConfig(kind, P, init_scale=1.0, **more))
+        for parameter in model.adapters.parameters() if "adapters" in rest else ():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return model
     task = "CAUSAL_LM" if backbone.config.model_type == "llama" else "SEQ_CLS"
     if kind == "p-tuning":
         config = peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=P)
@@ -49,11 +53,18 @@ def wrapped(backbone, maker: str):
 def gradients(model, inputs) -> list[torch.Tensor]:
     model.zero_grad()
     model.train()(**inputs).loss.backward()
-    prompts = model.prompt if isinstance(model, PromptModel) else model.prompt_encoder
-    return [p.grad.clone() for p in prompts.parameters()]
+    return [p.grad.clone() for p in of_prompts(model)]
 
 
-@pytest.mark.parametrize("maker", ["prefix", "prompt", "prefix mlp", "prompt mlp", "fused prefix", "fused p-tuning"])
+def of_prompts(model) -> list[torch.nn.Parameter]:
+    if not isinstance(model, PromptModel):
+        return list(model.prompt_encoder.parameters())
+    return [*model.prompt.parameters(), *(() if model.adapters is None else model.adapters.parameters())]
+
+
+@pytest.mark.parametrize(
+    "maker", ["prefix", "prompt", "prefix mlp", "prompt mlp", "fused prefix", "fused p-tuning", "prompt and adapters"]
+)
 @pytest.mark.parametrize(("family", "embeddings"), [("bert", True), ("llama", False)])
 def test_a_gradient_or_a_refusal(family, embeddings, maker):
     auto = "AutoModelForCausalLM" if family == "llama" else "AutoModelForSequenceClassification"
@@ -78,16 +89,33 @@ def test_a_gradient_or_a_refusal(family, embeddings, maker):
             model = wrapped(backbone, maker)
             if not before:
                 switch(backbone)
-                prompts = model.prompt if isinstance(model, PromptModel) else model.prompt_encoder
-                prompts.requires_grad_(True)  # the preparation for few bits freezes what is there
+                for parameter in of_prompts(model):
+                    parameter.requires_grad_(True)  # the preparation for few bits freezes what is there
             backbone.enable_input_require_grads()
-            if name in REFUSED:
+            if name in REENTRANT and "prefix" in maker:
                 with pytest.raises(ValueError, match="gradient checkpointing needs use_reentrant=False"):
                     model.train()(**inputs)
                 model.eval()(**inputs)  # which checkpoints nothing
                 continue
             for got, own in zip(gradients(model, inputs), expected, strict=True):
                 torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_that_train_without_a_prompt_that_does():
+    """What is in the layers gets its gradient from the hidden states that enter them, if they have one."""
+    model, inputs = wrapped(build("llama", "AutoModelForCausalLM", torch.float32), "prompt and adapters"), batch()
+    model.backbone.gradient_checkpointing_enable({"use_reentrant": True})
+    model.freeze_prompt("default")
+    with pytest.raises(ValueError, match="gradient checkpointing needs use_reentrant=False"):
+        model.train()(**inputs)
+    model.adapters.requires_grad_(False)
+    model.train()(**inputs)
+    model.backbone.model.layers[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="gradient checkpointing needs use_reentrant=False"):
+        model.train()(**inputs)
+    embeds = model.backbone.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
+    model.train()(inputs_embeds=embeds, **inputs).logits.sum().backward()
+    assert embeds.grad.abs().sum() > 0 and model.backbone.model.layers[1].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("maker", ["prefix", "fused prompt"])
@@ -103,7 +131,7 @@ def test_the_trainers_own_switch(maker, tmp_path):
         run = transformers.Trainer(
             model, arguments, train_dataset=data, data_collator=transformers.default_data_collator
         )
-        if kwargs is not None:
+        if kwargs is not None and maker == "prefix":
             with pytest.raises(ValueError, match="gradient checkpointing needs use_reentrant=False"):
                 run.train()
             continue

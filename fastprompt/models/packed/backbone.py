@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import layout
 from .attention import NAME
@@ -51,6 +52,9 @@ class PackedBackbone:
     """
 
     def __init__(self, model: nn.Module, *, fused: bool = False) -> None:
+        if not isinstance(model, PreTrainedModel):
+            # A wrapper, such as a PeftModel of LoRA, has another base model than the one that its heads call.
+            raise TypeError(f"backbone must be a transformers model, got {type(model).__name__}")
         self.geometry = geometry(model)
         self.model, self.base = model, base_of(model)
         output_embeddings = model.get_output_embeddings() is not None
@@ -99,6 +103,7 @@ class PackedBackbone:
         if packing is None:
             packing, _ = self.pack(inputs, labels)
         self.check_prompts(prompt_inputs)
+        self._check_checkpointing(inputs, prompt_inputs)
         self._check_segments(packing, prompt_inputs)
         inputs, head = {name: value for name, value in inputs.items() if name != "packing"}, None
         layer, states = start or (0, None)
@@ -202,16 +207,6 @@ class PackedBackbone:
         self._check_rows(inputs, tuple(batch.shape[:2]))
         if inputs.get("packing") is not None:
             self._check_packing(inputs, tuple(batch.shape[:2]))
-        for layer in self.layers:  # not all modules, in each step
-            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-            if checkpoint is None or not layer.training or not getattr(layer, "gradient_checkpointing", False):
-                continue
-            reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", "torch's default")
-            if reentrant is not False:
-                raise ValueError(
-                    "gradient checkpointing needs use_reentrant=False, as in gradient_checkpointing_kwargs="
-                    f"{{'use_reentrant': False}}: the reentrant kind drops prompts, got {reentrant}"
-                )
 
     @staticmethod
     def _check_rows(inputs: dict, shape: tuple[int, int]) -> None:
@@ -251,6 +246,29 @@ class PackedBackbone:
         prompt_inputs.check(self.geometry)
         if prompt_inputs.adapters is not None:
             prompt_inputs.adapters.check(self.layers, self.geometry)
+
+    def _check_checkpointing(self, inputs: dict, prompt_inputs: PromptInputs) -> None:
+        """Raise a ValueError for gradient checkpointing that would drop a gradient.
+
+        The reentrant kind sees nothing train but what is handed to a layer as an argument, its hidden states; if they
+        do, parameters within the layer get their gradients too, but a prefix is neither.
+        """
+        prompt, adapters = prompt_inputs.prompt, prompt_inputs.adapters
+        entering = prompt, inputs.get("inputs_embeds"), self.base.get_input_embeddings().weight
+        enters = any(each is not None and each.requires_grad for each in entering)
+        prefixed = any(key.requires_grad or value.requires_grad for key, value in prompt_inputs.prefix.values())
+        for layer in self.layers if torch.is_grad_enabled() and (prefixed or not enters) else ():
+            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+            if checkpoint is None or not layer.training or not getattr(layer, "gradient_checkpointing", False):
+                continue
+            reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", "torch's default")
+            within = [*layer.parameters(), *(() if adapters is None else adapters.parameters())]
+            if reentrant is not False and (prefixed or any(each.requires_grad for each in within)):
+                raise ValueError(
+                    "gradient checkpointing needs use_reentrant=False, as in gradient_checkpointing_kwargs="
+                    "{'use_reentrant': False}: with a prefix, or with layers that train and no prompt rows that do, "
+                    f"the reentrant kind drops gradients, got {reentrant}"
+                )
 
     def _check_segments(self, packing: Packing, prompt_inputs: PromptInputs) -> None:
         index = prompt_inputs.index
