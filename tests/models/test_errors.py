@@ -1,10 +1,13 @@
 """Bad input to PromptModel and PromptConfig: one clear error, before any work."""
 
+import peft
 import pytest
 import torch
 import transformers
 from helpers import batch, build
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import fastprompt
 from fastprompt import PromptConfig, PromptModel
 
 
@@ -83,3 +86,24 @@ def test_inputs():
             model(**(inputs | extra))
     with pytest.raises(ValueError, match=r"init_ids must be in \[0, 61\)"):
         PromptModel(model.backbone, PromptConfig(init="text", init_ids=[3, 61]))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_forward_put_in_place_of_the_models(fused):
+    """One that goes on to the base model, as Liger's and accelerate's do, is called; another is told."""
+    backbone, config = build("llama", "AutoModelForCausalLM"), peft.PrefixTuningConfig(num_virtual_tokens=3)
+    config.task_type = "CAUSAL_LM"
+    if fused:
+        model = fastprompt.fuse(peft.get_peft_model(backbone, config).double()).eval()
+    else:
+        model = PromptModel(backbone, PromptConfig("prefix", 3)).eval()
+    inputs, own, calls = batch(), backbone.forward, []
+    expected = model(**inputs).logits
+    backbone.forward = lambda *args, **kwargs: calls.append(kwargs) or own(*args, **kwargs)
+    assert torch.equal(model(**inputs).logits, expected) and len(calls) == 1
+    backbone.forward = lambda *args, **kwargs: CausalLMOutputWithPast(logits=torch.zeros(4, 12, 61))
+    message = r"forward of LlamaForCausalLM must call its base model, .* and test_errors.*<lambda>, .* did not"
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+    del backbone.forward
+    assert torch.equal(model(**inputs).logits, expected)

@@ -93,6 +93,11 @@ class PackedForward:
                 del base.forward
             else:
                 base.forward = own
+        if plan is None:
+            raise ValueError(
+                f"the forward of {type(model).__name__} must call its base model, which has the prompts, and "
+                f"{_name(model.forward)}, which stands there, did not"
+            )
         if head is None:
             return output
         return head.output(output, head_rows, len(self.packing.index), lambda logits: self._padded(logits, plan))
@@ -211,6 +216,10 @@ def _pooled(base: nn.Module, pooler: nn.Module, firsts: Tensor) -> Tensor:
     if isinstance(pooler, nn.Linear):  # ALBERT's
         return base.pooler_activation(pooler(firsts))
     return pooler(firsts.unsqueeze(1))
+
+
+def _name(function: Callable) -> str:
+    return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"
 
 
 def _batch_of(stock: dict) -> Tensor:
