@@ -188,8 +188,8 @@ class PromptBank(nn.Module):
         self._save(self.prompt, directory, others=list(self.other_prompts))
 
     def _save(self, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] = ()) -> None:
-        beside = {"backbone": self.backbone, "head": self._head, "adapters": self.adapters, "others": others}
-        checkpoint.save(self.config, self._packed.geometry, prompt, directory, **beside)
+        beside = {"head": self._head, "adapters": self.adapters, "others": others}
+        checkpoint.save(self.config, self._packed, prompt, directory, **beside)
 
     @classmethod
     def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptBank":

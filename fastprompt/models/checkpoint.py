@@ -23,7 +23,6 @@ from fastprompt._files import (
 from fastprompt.nn import Prefix, Prompt
 
 from .config import PromptConfig
-from .families import Geometry
 from .packed import PackedBackbone
 from .prompt_init import chosen_layers, new_prompt
 
@@ -46,11 +45,10 @@ _HEADS = {
 
 def save(
     config: PromptConfig,
-    geometry: Geometry,
+    packed: PackedBackbone,
     prompt: Prompt | Prefix,
     directory: Path,
     *,
-    backbone: nn.Module,
     head: Collection[str] = (),
     adapters: nn.Module | None = None,
     others: Sequence[str] = (),
@@ -59,19 +57,24 @@ def save(
 
     Args:
         config: that the prompt was made by.
-        geometry: the backbone's.
+        packed: the backbone; of its weights those that its base model does not bring are written beside the prompt.
         prompt: what is written.
         directory: where.
-        backbone: of its weights those that its base model does not bring are written beside the prompt.
         head: names of weights of the backbone that are written in any case, such as a task's head.
         adapters: in the backbone's layers, if any.
         others: names of the other prompts that go with it, in subfolders.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    geometry, backbone = packed.geometry, packed.model
     whole = config.kind == "prompt" or len(prompt.layers) == geometry.layers
-    # PEFT has no prefix in some layers only, and no adapters beside it: it must refuse such a file.
-    peft_type = PEFT_TYPES[config.kind] if whole else "FASTPROMPT_PREFIX_IN_SOME_LAYERS"
-    peft_type = peft_type if adapters is None else "FASTPROMPT_WITH_ADAPTERS"
+    # PEFT has nothing of the kind, and would predict something else: it must refuse such a file.
+    unlike = {
+        "PREFIX_IN_SOME_LAYERS": not whole,
+        "WITHOUT_POSITION_OFFSET": config.position_offset == "none",
+        "POOLS_TEXT": config.kind == "prompt" and not config.pools_prompt and packed.pools_first_row,
+        "WITH_ADAPTERS": adapters is not None,
+    }
+    peft_type = next((f"FASTPROMPT_{what}" for what, so in unlike.items() if so), PEFT_TYPES[config.kind])
     name = type(backbone).__name__
     task = next((task for ending, task in _HEADS.items() if name.endswith(ending)), "FEATURE_EXTRACTION")
     modules = sorted({name.split(".")[0] for name in head if _of_head(backbone, name)})
@@ -157,7 +160,8 @@ def _base_shapes(backbone: nn.Module) -> dict[str, torch.Size] | None:
 def load_prompt(config: PromptConfig, packed: PackedBackbone, directory: Path, trainable: bool) -> Prompt | Prefix:
     """The prompt in a folder, for a bank of prompts that `config` describes, over the backbone of `packed`."""
     stored = read(directory)
-    settings = {name: (getattr(stored.config, name), getattr(config, name)) for name in ("kind", "position_offset")}
+    names = ["kind", "position_offset"] + ["pools_prompt"] * packed.pools_first_row
+    settings = {name: (getattr(stored.config, name), getattr(config, name)) for name in names}
     if config.kind == stored.config.kind == "prefix":
         settings["layers"] = tuple(chosen_layers(each, packed.geometry.layers) for each in (stored.config, config))
     for name, (got, expected) in settings.items():
@@ -254,7 +258,9 @@ def read(directory: Path) -> Folder:
             )
         if "num_virtual_tokens" not in peft_config:
             raise ValueError(f"{directory / CONFIG} must have num_virtual_tokens, got {sorted(peft_config)}")
-        config = PromptConfig(kind, peft_config["num_virtual_tokens"], prefix_in_window=True)
+        config = PromptConfig(
+            kind, peft_config["num_virtual_tokens"], prefix_in_window=True, pools_prompt=kind == "prompt"
+        )
     tensors = _tensors(directory, WEIGHTS, files)
     if KEY not in tensors:
         raise ValueError(f"{directory / WEIGHTS} must hold {KEY!r}, got {sorted(tensors)}")

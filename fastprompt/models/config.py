@@ -28,6 +28,8 @@ class PromptConfig:
             training mode; one draw a step, for all samples.
         adapter_size: features of bottleneck adapters (`fastprompt.nn.Adapter`) after attention and after the
             feed-forward part of every layer, which train with the prompt. PEFT refuses a checkpoint with adapters.
+        pools_prompt: of kind "prompt": over an encoder, a classification head and the pooler read the prompt's first
+            row, as in PEFT, and as a checkpoint that PEFT wrote is loaded; by default they read the text's.
     """
 
     kind: str = "prefix"
@@ -42,6 +44,7 @@ class PromptConfig:
     encoder_hidden_size: int | None = None
     dropout: float = 0.0
     adapter_size: int | None = None
+    pools_prompt: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -60,6 +63,8 @@ class PromptConfig:
             raise ValueError(f"layers is for kind 'prefix': a prompt enters at the input, got {self.layers!r}")
         if self.kind == "prompt" and self.position_offset == "none":
             raise ValueError("position_offset 'none' is for kind 'prefix': prompt rows take the first P positions")
+        if not isinstance(self.pools_prompt, bool) or (self.pools_prompt and self.kind == "prefix"):
+            raise ValueError(f"pools_prompt must be a bool, and False for kind 'prefix', got {self.pools_prompt!r}")
         if (self.init == "text") != (self.init_ids is not None):
             raise ValueError(f"init 'text' and init_ids go together, got init={self.init!r}, init_ids={self.init_ids}")
         if self.init_ids is not None and len(self.init_ids) == 0:

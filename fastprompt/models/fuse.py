@@ -17,15 +17,14 @@ FUSED_KINDS = KINDS | {MULTITASK: "prompt"}  # of PEFT's types: what a pass is g
 _PUT_BACK = {"forward", "prepare_inputs_for_generation"}
 
 
-def fuse(peft_model):
+def fuse(peft_model, *, pools_prompt: bool = True):
     """Give a PEFT prompt-learning model a packed forward, in place.
 
     It stays the same PeftModel with the same Parameters, checkpoints and `generate` (which runs as before): its class
     becomes a subclass of its own, so that it copies, pickles and trains as before.
 
     Loss, logits and gradients of its forward are PEFT's, up to rounding, without padding or with padding on the right:
-    of base models, of causal language models, and of classification heads over encoders, which with prompt tuning and
-    P-tuning pool the first virtual token, as there (`PromptModel` pools the text's own). What differs, on purpose:
+    of base models, of causal language models, and of classification heads over encoders. What differs, on purpose:
 
     - outputs have the text's own length, where PEFT's prompt tuning and P-tuning show the virtual tokens: spans and
       token labels need no shifting;
@@ -44,6 +43,8 @@ def fuse(peft_model):
     Args:
         peft_model: a PeftModel whose active adapter is PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or
             MULTITASK_PROMPT_TUNING, over a supported family. Beneath it there may be LoRA, or the like.
+        pools_prompt: over encoders, a classification head and the pooler read the first virtual token of prompt tuning
+            and its like, as PEFT does by mistake and as what it trained wants it; False: the text's first token.
 
     Returns:
         The same object.
@@ -56,7 +57,10 @@ def fuse(peft_model):
     peft = require("peft", "bench")
     if not isinstance(peft_model, peft.PeftModel):
         raise TypeError(f"peft_model must be a peft.PeftModel, got {type(peft_model).__name__}")
+    if not isinstance(pools_prompt, bool):
+        raise TypeError(f"pools_prompt must be a bool, got {pools_prompt!r}")
     if isinstance(peft_model, FusedForward):
+        peft_model.pools_prompt = pools_prompt
         return peft_model
     _kind(peft_model)
     replaced = peft_model.__dict__.get("forward")
@@ -66,6 +70,7 @@ def fuse(peft_model):
     if replaced is not None:  # PEFT leaves it there after `disable_adapter`
         del peft_model.forward
     peft_model.__class__ = _fused_class(type(peft_model))
+    peft_model.pools_prompt = pools_prompt
     if packed.model is not packed.model.base_model:
         _name_for_trainer(packed.model)
     return peft_model
@@ -89,7 +94,7 @@ class FusedForward:
             labels=labels,
             all_logits=return_logits or not self.training or labels is None,
             label_smoothing=label_smoothing,
-            pools_prompt=True,
+            pools_prompt=self.pools_prompt,
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -22,8 +22,8 @@ class PromptModel(PromptBank):
 
     Where PEFT is right the results are PEFT's, up to rounding. Where they differ, on purpose: left-padded tokens take
     the positions of right-padded ones; token types are honoured for every head; hidden states, logits and spans do not
-    move by P; a classification head over an encoder reads the text's first token, not the prompt's; position_ids are
-    honoured; samples that share a row of a batch do not see each other.
+    move by P; a classification head over an encoder reads the text's first token, not the prompt's (but see
+    `PromptConfig.pools_prompt`); position_ids are honoured; samples that share a row of a batch do not see each other.
 
     A model may hold a bank of prompts of one shape, for languages or tasks: `prompt`, named "default", which it begins
     with, and `other_prompts`. The samples of one batch may read different ones. Adapters, if there are any, are common
@@ -115,6 +115,7 @@ class PromptModel(PromptBank):
             all_logits=return_logits or not self.training or labels is None,
             label_smoothing=label_smoothing,
             start=None if lower_states is None else (self.first_layer, lower_states),
+            pools_prompt=self.config.pools_prompt,
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -158,11 +158,42 @@ def test_fuse_pools_the_row_that_peft_pools(family, kind):
         assert relative(prompt_gradient(fused), prompt_gradient(stock)) < 1e-12
         head = [[p.grad for p in model.get_base_model().parameters() if p.grad is not None] for model in (stock, fused)]
         assert all(relative(own, their) < 1e-12 for their, own in zip(*head, strict=True))
-    own = PromptModel(build(family, "AutoModelForSequenceClassification"), PromptConfig("prompt", P)).eval()
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_the_row_that_is_pooled_is_chosen(family, tmp_path):
+    """The text's first token, or the prompt's; a checkpoint keeps its own, and PEFT loads no other than its own."""
+    auto, inputs = "AutoModelForSequenceClassification", batch()
+    stock = peft_model(build(family, auto), auto, "prompt").eval()
+    stock.save_pretrained(tmp_path / "theirs")
+    loaded = PromptModel.from_pretrained(build(family, auto), tmp_path / "theirs").eval()
+    expected = stock(**inputs).logits
+    assert relative(loaded(**inputs).logits, expected) < 1e-6 and loaded.config.pools_prompt
+    loaded.save_pretrained(tmp_path / "again")
+    for made in (
+        peft.PeftModel.from_pretrained(build(family, auto), tmp_path / "again").double().eval(),
+        PromptModel.from_pretrained(build(family, auto), tmp_path / "again").eval(),
+    ):
+        assert relative(made(**inputs).logits, expected) < 1e-6
+    own = PromptModel(build(family, auto), PromptConfig("prompt", P)).eval()
+    with pytest.raises(ValueError, match="pools_prompt of the prompt in .* must be False, as the model's, got True"):
+        own.load_prompt("theirs", tmp_path / "theirs")
+    fused, head = fastprompt.fuse(stock, pools_prompt=False), own.backbone.classifier
+    own.prompt.weight.data.copy_(stock.prompt_encoder["default"].embedding.weight)
+    head.load_state_dict(stock.get_base_model().classifier.modules_to_save["default"].state_dict())
     state = own(**inputs, output_hidden_states=True).hidden_states[-1][:, 0]
-    base = own.backbone.base_model
-    logits = own.backbone.classifier(base.pooler(state.unsqueeze(1)) if family == "bert" else state.unsqueeze(1))
-    assert relative(own(**inputs).logits, logits) < 1e-12  # ours by choice: the text's first token
+    text = head(own.backbone.base_model.pooler(state.unsqueeze(1)) if family == "bert" else state.unsqueeze(1))
+    assert relative(text, expected) > 0.1
+    for model in (own, fused, copy.deepcopy(fused)):
+        assert relative(model(**inputs).logits, text) < 1e-6
+    assert relative(fastprompt.fuse(fused)(**inputs).logits, expected) < 1e-6
+    own.save_pretrained(tmp_path / "ours")
+    assert (
+        relative(PromptModel.from_pretrained(build(family, auto), tmp_path / "ours").eval()(**inputs).logits, text)
+        < 1e-6
+    )
+    with pytest.raises((KeyError, ValueError), match="FASTPROMPT_POOLS_TEXT"):
+        peft.PeftModel.from_pretrained(build(family, auto), tmp_path / "ours")
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
