@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .checkpoint import KINDS
 from .packed import PackedBackbone, PromptInputs, layout
+from .packed.context import Context, ContextHead
 
-MULTITASK = "MULTITASK_PROMPT_TUNING"
-FUSED_KINDS = KINDS | {MULTITASK: "prompt"}  # of PEFT's types: what a pass is given
+MULTITASK, CPT = "MULTITASK_PROMPT_TUNING", "CPT"
+FUSED_KINDS = KINDS | {MULTITASK: "prompt", CPT: "prompt"}  # of PEFT's types: what a pass is given
 _PUT_BACK = {"forward", "prepare_inputs_for_generation"}
 
 
@@ -41,8 +42,9 @@ def fuse(peft_model, *, pools_prompt: bool = True):
     with MULTITASK_PROMPT_TUNING it takes `task_ids`, as PEFT's: each task of a batch is one prompt of the pass.
 
     Args:
-        peft_model: a PeftModel whose active adapter is PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or
-            MULTITASK_PROMPT_TUNING, over a supported family. Beneath it there may be LoRA, or the like.
+        peft_model: a PeftModel whose active adapter is PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING,
+            MULTITASK_PROMPT_TUNING or CPT (whose loss is its own), over a supported family. Beneath it there may be
+            LoRA, or the like.
         pools_prompt: over encoders, a classification head and the pooler read the first virtual token of prompt tuning
             and its like, as PEFT does by mistake and as what it trained wants it; False: the text's first token.
 
@@ -83,6 +85,12 @@ class FusedForward:
         labels, return_logits = kwargs.pop("labels", None), kwargs.pop("return_logits", False)
         shared_ids, label_smoothing = kwargs.pop("shared_prefix_ids", None), kwargs.pop("label_smoothing", 0.0)
         return_dict, task_ids = kwargs.pop("return_dict", None), self._checked(kwargs.pop("task_ids", None))
+        other_loss = {}
+        if _peft_type(self) == CPT:
+            types = kwargs.pop("input_type_mask", None)
+            if labels is not None:
+                context = _context(self.active_peft_config, labels, types)
+                labels, other_loss = context.labels, {"make_head": partial(ContextHead, context=context)}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
         packed = PackedBackbone(_backbone(self), fused=True)
         packing, tasks = packed.pack(inputs, labels, task_ids)
@@ -95,6 +103,7 @@ class FusedForward:
             all_logits=return_logits or not self.training or labels is None,
             label_smoothing=label_smoothing,
             pools_prompt=self.pools_prompt,
+            **other_loss,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -184,6 +193,11 @@ def _backbone(peft_model) -> nn.Module:
             raise ValueError(f"peft_model must hold no other prompts beneath its own, got {_peft_type(model)}")
         model = model.get_base_model()
     return model
+
+
+def _context(config, labels: Tensor, types: Tensor | None) -> Context:
+    decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
+    return Context.of(labels, types, config.cpt_token_ids, config.cpt_tokens_type_mask, decay)
 
 
 def _peft_type(peft_model) -> str:

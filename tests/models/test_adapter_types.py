@@ -26,6 +26,12 @@ TYPES: dict[str, Callable] = {
         num_tasks=4, num_ranks=2, num_virtual_tokens=P, **task
     ),
 }
+CPT = dict(
+    cpt_token_ids=[7, 8, 9, 10, 11, 12, 13, 14],
+    cpt_tokens_type_mask=[4, 2, 3, 4, 5, 6, 8, 8],  # two examples, the first of whose labels has one at the beginning
+    opt_projection_epsilon=0.5,
+    opt_projection_format_epsilon=2.0,
+)
 
 
 def peft_model(kind: str, task: str) -> peft.PeftModel:
@@ -95,6 +101,57 @@ def test_task_ids_that_do_not_fit():
             model(**x, task_ids=ids)
     with pytest.raises(ValueError, match="task_ids must be given with .* got some with CARTRIDGE"):
         fastprompt.fuse(peft_model("cartridge", "CAUSAL_LM"))(**x, task_ids=torch.zeros(4, dtype=torch.long))
+
+
+def type_masks() -> dict[str, torch.Tensor | None]:
+    """Of the four texts: none; examples of their own, in other numbers; a sample without any."""
+    mixed = torch.randint(0, 13, (4, 12))
+    mixed[1] = 0
+    return {"none": None, "mixed": mixed}
+
+
+@pytest.mark.parametrize("types", type_masks())
+@pytest.mark.parametrize("decay", [None, 0.7])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_context_aware_prompt_tuning(family, decay, types):
+    """Loss and gradients in both modes, with and without logits; examples of the context weigh what they do there."""
+    weighted = {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": decay} if decay else {}
+    config = peft.CPTConfig(task_type="CAUSAL_LM", **CPT, **weighted)
+    # Not a copy: the hook that keeps labels as they are stays behind.
+    backbones = [build(family, "AutoModelForCausalLM") for _ in range(2)]
+    stock, fused = (peft.get_peft_model(backbone, copy.deepcopy(config)).double() for backbone in backbones)
+    deltas = [model.prompt_encoder["default"].delta_embedding.weight for model in (stock, fastprompt.fuse(fused))]
+    deltas[1].data.copy_(torch.nn.init.normal_(deltas[0]))
+    inputs, types = inputs_of("", "CAUSAL_LM"), type_masks()[types]
+    mask = inputs["attention_mask"].bool()
+
+    def given() -> dict:  # PEFT adds to the mask, in place
+        return inputs if types is None else inputs | {"input_type_mask": types.clone()}
+
+    for training in (True, False):
+        outputs = [model.train(training)(**given()) for model in (stock, fused)]
+        (expected,), (got,) = (
+            torch.autograd.grad(out.loss, [delta]) for out, delta in zip(outputs, deltas, strict=True)
+        )
+        torch.testing.assert_close(outputs[1].loss, outputs[0].loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+        assert (outputs[1].logits is None) == training
+    assert (deltas[1].norm(dim=1) < 1).all() and torch.equal(*deltas)  # projected
+    logits = fused.train()(**given(), return_logits=True)
+    torch.testing.assert_close(logits.loss, outputs[0].loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.logits[mask], outputs[0].logits[:, 8:][mask], rtol=1e-5, atol=1e-5)
+    del inputs["labels"]
+    torch.testing.assert_close(fused(**given()).logits[mask], outputs[0].logits[:, 8:][mask], rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_go_with_context_aware_prompt_tuning():
+    config = peft.CPTConfig(task_type="CAUSAL_LM", **CPT)
+    model = fastprompt.fuse(peft.get_peft_model(build("llama", "AutoModelForCausalLM"), config).double())
+    inputs = inputs_of("", "CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"input_type_mask must be \(4, 12\), as labels, got \(4, 3\)"):
+        model(**inputs, input_type_mask=torch.ones(4, 3))
+    with pytest.raises(ValueError, match="label_smoothing must not be given with CPT's loss, got 0.1"):
+        model(**inputs, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["injected", "a PeftModel of it"])

@@ -1,6 +1,6 @@
 """PackedBackbone: runs a transformers model on the packed tokens of a padded batch, with a prompt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -83,6 +83,7 @@ class PackedBackbone:
         label_smoothing: float = 0.0,
         start: tuple[int, Tensor] | None = None,
         pools_prompt: bool = False,
+        make_head: Callable[..., CausalHead] = CausalHead,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
 
@@ -96,6 +97,7 @@ class PackedBackbone:
             start: a layer and the (T, D) hidden states that `lower_states` gave for it and the same inputs: embedding
                 and lower layers, which must have no prompt, are left out.
             pools_prompt: heads of encoders that read the first row read the prompt's, as in PEFT, not the text's.
+            make_head: of a causal language model, with another loss than its own.
 
         Raises:
             ValueError, IndexError: what a packed pass cannot serve, or prompts that do not fit.
@@ -111,7 +113,7 @@ class PackedBackbone:
             self._check_start(layer, inputs, prompt_inputs)
         if self.is_causal_lm:
             items = inputs.pop("num_items_in_batch", None)
-            head = CausalHead(self.model, labels, all_logits, label_smoothing, items)
+            head = make_head(self.model, labels, all_logits, label_smoothing, items)
         elif label_smoothing:
             raise ValueError(f"label_smoothing is for causal language models here, got {label_smoothing}")
         elif labels is not None:
