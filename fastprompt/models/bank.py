@@ -13,6 +13,7 @@ from fastprompt.nn import Prefix, Prompt
 from . import checkpoint
 from .bottleneck import Adapters
 from .config import PromptConfig
+from .distributed import wants_all_gradients
 from .packed import PackedBackbone, PromptInputs, layout
 from .packed.backbone import computed_in
 from .prompt_init import new_prompt
@@ -29,14 +30,15 @@ class PromptBank(nn.Module):
         config: what kind of prompts.
 
     Attributes:
+        prompt_config: `config`.
         prompt: the one named "default".
         other_prompts: the others, by their names.
         adapters: common to all, or None.
     """
 
     def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
-        super().__init__()
-        self.config, self.backbone = config, backbone
+        nn.Module.__init__(self)  # not that of another base of a subclass, such as transformers' PreTrainedModel
+        self.prompt_config, self.backbone = config, backbone
         freeze(backbone)
         self._head = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
         packed = self._packed
@@ -53,7 +55,7 @@ class PromptBank(nn.Module):
     @property
     def position_offset(self) -> int:
         """What is added to the tokens' positions."""
-        return self.config.num_virtual_tokens if self.config.position_offset == "peft" else 0
+        return self.prompt_config.num_virtual_tokens if self.prompt_config.position_offset == "peft" else 0
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ class PromptBank(nn.Module):
         """
         self._check_new(name)
         if init_from is None:
-            prompt = new_prompt(self.config, self._packed)
+            prompt = new_prompt(self.prompt_config, self._packed)
         else:
             prompt = copy.deepcopy(self._prompt_of(init_from))
         self.other_prompts[name] = prompt.train(self.training).requires_grad_(True)
@@ -111,7 +113,7 @@ class PromptBank(nn.Module):
             FileNotFoundError, ValueError: a name that does not fit; a file that is missing or of another kind or shape.
         """
         self._check_new(name)
-        prompt = checkpoint.load_prompt(self.config, self._packed, Path(directory), trainable)
+        prompt = checkpoint.load_prompt(self.prompt_config, self._packed, Path(directory), trainable)
         self.other_prompts[name] = prompt.train(self.training).requires_grad_(trainable)
 
     def _check_new(self, name: str) -> None:
@@ -143,15 +145,20 @@ class PromptBank(nn.Module):
             used = [names[i] for i in found]
         rows = [self._prompt_of(name).rows().unsqueeze(0) for name in used]
         rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if torch.is_grad_enabled() and wants_all_gradients(self):
+            for name in self.prompt_names:
+                for parameter in self._prompt_of(name).parameters() if name not in used else ():
+                    if parameter.requires_grad:  # of no element, whatever the values are
+                        rows = rows + parameter.flatten()[:0].sum()
         # It is kept in float32 where the backbone runs in less: brought to that once, not layer by layer.
-        rows = rows.to(computed_in(self.backbone.get_input_embeddings().weight))
-        prompts = {self.config.kind: rows if self.config.kind == "prompt" else self.prompt.split(rows)}
+        rows = rows.to(computed_in(self.backbone.get_input_embeddings().weight.dtype, rows.device))
+        prompts = {self.prompt_config.kind: rows if self.prompt_config.kind == "prompt" else self.prompt.split(rows)}
         return PromptInputs(
             **prompts,
             index=index,
             shared_ids=shared_prefix_ids,
             position_offset=self.position_offset,
-            prefix_in_window=self.config.prefix_in_window,
+            prefix_in_window=self.prompt_config.prefix_in_window,
             adapters=self.adapters,
         )
 
@@ -189,7 +196,7 @@ class PromptBank(nn.Module):
 
     def _save(self, prompt: Prompt | Prefix, directory: Path, others: Sequence[str] = ()) -> None:
         beside = {"head": self._head, "adapters": self.adapters, "others": others}
-        checkpoint.save(self.config, self._packed, prompt, directory, **beside)
+        checkpoint.save(self.prompt_config, self._packed, prompt, directory, **beside)
 
     @classmethod
     def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptBank":
@@ -206,7 +213,7 @@ class PromptBank(nn.Module):
         stored = checkpoint.read(Path(directory))
         beside = stored.fitting(backbone)
         model = cls(backbone, stored.start(stored.config, trainable))
-        model.config = stored.config
+        model.prompt_config = stored.config
         stored.fill(model.prompt, model.adapters)
         for own, tensor in beside.values():
             own.data.copy_(tensor)

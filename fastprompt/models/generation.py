@@ -41,8 +41,8 @@ def generate(backbone: nn.Module, prompt_inputs: PromptInputs, /, **inputs):
         prefix = prompt_inputs.prefix
         if prompt_inputs.prompt is not None:
             prefix = _of_rows(base, prompt_inputs)
-        if index is not None:
-            index = torch.tensor(index, device=base.get_input_embeddings().weight.device)
+        if index is not None and prefix:
+            index = torch.tensor(index, device=next(iter(prefix.values()))[0].device)
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")

@@ -9,6 +9,7 @@ from fastprompt.nn.prompts import join_prefix
 from .config import PromptConfig
 from .packed import PackedBackbone
 from .packed.passes import KeysPass
+from .packed.weights import device_of
 
 
 def new_prompt(config: PromptConfig, packed: PackedBackbone) -> Prompt | Prefix:
@@ -64,24 +65,24 @@ def _widths(config: PromptConfig, packed: PackedBackbone) -> tuple[int, int]:
 @torch.no_grad()
 def _initial(config: PromptConfig, packed: PackedBackbone) -> Tensor:
     embedding = packed.base.get_input_embeddings()
-    rows, like = config.num_virtual_tokens, embedding.weight
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows, device, vocabulary = config.num_virtual_tokens, device_of(embedding), embedding.num_embeddings
+    dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
     if config.init == "random":
         width, columns = _widths(config, packed)
         if config.encoder is not None:
             scale, columns = 1.0, width
         elif config.kind == "prompt":
-            scale = float(embedding(torch.arange(min(1024, len(like)), device=like.device)).std())
+            scale = float(embedding(torch.arange(min(1024, vocabulary), device=device)).std())
         else:
             scale = 0.1
         scale = scale if config.init_scale is None else config.init_scale
-        return torch.randn(rows, columns, dtype=dtype, device=like.device) * scale
+        return torch.randn(rows, columns, dtype=dtype, device=device) * scale
     if config.init == "vocabulary":
-        ids = torch.randint(len(like), (rows,), device=like.device)
+        ids = torch.randint(vocabulary, (rows,), device=device)
     else:
-        ids = torch.as_tensor(list(config.init_ids), device=like.device)
-        if ids.min() < 0 or ids.max() >= len(like):
-            raise ValueError(f"init_ids must be in [0, {len(like)}), got {ids.min()} to {ids.max()}")
+        ids = torch.as_tensor(list(config.init_ids), device=device)
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise ValueError(f"init_ids must be in [0, {vocabulary}), got {ids.min()} to {ids.max()}")
         ids = ids.repeat(-(-rows // len(ids)))[:rows]
     if config.kind == "prompt":
         return embedding(ids).to(dtype)

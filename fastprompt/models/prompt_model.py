@@ -4,15 +4,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .bank import PromptBank
 from .config import PromptConfig
+from .for_trainers import ForTrainers
 from .generation import evaluating, generate
 from .packed import PackedBackbone, Packing
 from .prompt_init import chosen_layers
 
 
-class PromptModel(PromptBank):
+class PromptModel(ForTrainers, PromptBank, PreTrainedModel):
     """A frozen backbone with a trained prompt, run packed.
 
     It takes the backbone's own inputs and returns the backbone's own outputs, of the original length: prompt rows never
@@ -39,6 +41,8 @@ class PromptModel(PromptBank):
     """
 
     def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
+        if isinstance(backbone, PromptBank):
+            raise TypeError(f"backbone must be a transformers model, got {type(backbone).__name__}")
         packed = PackedBackbone(backbone)
         chosen_layers(config, packed.geometry.layers)
         table = packed.geometry.positions
@@ -47,7 +51,7 @@ class PromptModel(PromptBank):
                 f"num_virtual_tokens must leave room for text in the position table of {table} rows, "
                 f"got {config.num_virtual_tokens}"
             )
-        super().__init__(backbone, config)
+        PromptBank.__init__(self, backbone, config)
 
     def __new__(cls, backbone: nn.Module | None = None, *args, **kwargs) -> "PromptModel":
         spans = "QuestionAnswering" in type(backbone).__name__
@@ -82,7 +86,7 @@ class PromptModel(PromptBank):
             return_logits: for a causal language model in training, give the logits of all text positions as well.
             prompt_ids: (B,) int32 or int64, or a list of B numbers or names: which prompt each sample (of a packed
                 batch: each segment) reads; None: the default. Prompts that no sample reads take no part, and get no
-                gradient.
+                gradient; under DistributedDataParallel without find_unused_parameters, and under FSDP, one of zero.
             shared_prefix_ids: (S,) token ids of a text that all samples begin with, such as an instruction. Causal
                 models only: it stands after the prompt, runs once for the batch, and shows in no output. Results are
                 those of the text at the start of every sample, but that under sliding-window attention it stays in view
@@ -115,7 +119,7 @@ class PromptModel(PromptBank):
             all_logits=return_logits or not self.training or labels is None,
             label_smoothing=label_smoothing,
             start=None if lower_states is None else (self.first_layer, lower_states),
-            pools_prompt=self.config.pools_prompt,
+            pools_prompt=self.prompt_config.pools_prompt,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -137,6 +141,13 @@ class PromptModel(PromptBank):
         with torch.no_grad(), evaluating(self):
             return generate(self.backbone, self.prompt_inputs(prompt_ids), **inputs)
 
+    def hidden_states(self, *, prompt_ids: Tensor | Sequence[str] | None = None, **inputs):
+        """The output of the backbone's base model, without its head, for inputs as of `forward`, without labels."""
+        packed, ids = PackedBackbone(self.backbone.base_model, fused=True), self._numbers(prompt_ids)
+        packing, read_ids = packed.pack(inputs, None, ids if isinstance(ids, Tensor) else None)
+        shared_ids = inputs.pop("shared_prefix_ids", None)
+        return packed(inputs, packing, self.prompt_inputs(ids if read_ids is None else read_ids, shared_ids))
+
     def lower_states(self, **inputs) -> Tensor:
         """The (T, D) hidden states of the batch's T tokens that enter `first_layer`, sentence after sentence.
 
@@ -144,39 +155,17 @@ class PromptModel(PromptBank):
         """
         return self._packed.lower_states(inputs, self.first_layer, self.position_offset)
 
-    # -- what trainers ask a model ----------------------------------------------------------------------------------
-
-    @property
-    def loss_type(self) -> str | None:
-        """The backbone's: transformers' Trainer counts the labels accordingly."""
-        return getattr(self.backbone, "loss_type", None)
-
-    def _get_name(self) -> str:
-        """The backbone's: by it transformers' Trainer knows whether labels are to be shifted for label smoothing."""
-        return type(self.backbone).__name__
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
-
-    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
-        """As the backbone's own."""
-        self.backbone.activation_checkpointing_enable(*args, **kwargs)
-
-    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
-        """As the backbone's own; the older name."""
-        self.backbone.gradient_checkpointing_enable(*args, **kwargs)
-
     # -- what the backbone and the prompt make of a batch ----------------------------------------------------------
 
     @property
     def first_layer(self) -> int:
         """The lowest layer with something that trains; what is below it computes a constant."""
-        return 0 if self.config.kind == "prompt" or self.adapters is not None else self.prompt.layers[0]
+        return 0 if self.prompt_config.kind == "prompt" or self.adapters is not None else self.prompt.layers[0]
 
     @property
     def prompt_rows(self) -> tuple[int, int]:
         """Rows that a packed pass runs beside the text: for each sentence, and once for each prompt a batch reads."""
-        rows = self.config.num_virtual_tokens if self.config.kind == "prompt" else 0
+        rows = self.prompt_config.num_virtual_tokens if self.prompt_config.kind == "prompt" else 0
         return (0, rows) if self._packed.geometry.is_causal else (rows, 0)
 
     @property

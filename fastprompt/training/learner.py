@@ -98,7 +98,7 @@ class Learner(nn.Module):
         if not file.is_file():
             return learner
         tensors, metadata, _ = read_tensors(file)
-        offset = learner.prompted.config.position_offset  # PEFT may have saved the same prompt over it
+        offset = learner.prompted.prompt_config.position_offset  # PEFT may have saved the same prompt over it
         if metadata.get("prompt") != _digest(learner.prompted.prompt.weight) or offset != config.position_offset:
             raise ValueError(
                 f"{file} belongs to another prompt than the one beside it: files of two runs were mixed, PEFT saved "

@@ -46,7 +46,7 @@ def test_a_mixed_batch_is_its_samples_with_their_own_prompts(family, kind):
     parts = [torch.zeros_like(gradient) for gradient in whole]
     for row, length in enumerate(mask.sum(1)):
         # A model that has this prompt alone.
-        alone = PromptModel(model.backbone, model.config).eval()
+        alone = PromptModel(model.backbone, model.prompt_config).eval()
         alone.prompt.weight.data.copy_(weights(model)[IDS[row]])
         hidden = alone(input_ids=inputs["input_ids"][row : row + 1, :length]).last_hidden_state[0]
         torch.testing.assert_close(together[row, :length], hidden, rtol=1e-6, atol=1e-6)

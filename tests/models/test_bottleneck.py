@@ -23,7 +23,7 @@ def model_of(family: str, kind: str = "prefix", auto: str = "AutoModel", dtype=t
 def with_adapters_built_in(model: PromptModel, family: str, auto: str) -> PromptModel:
     """A model without adapters over a backbone whose modules end in copies of them."""
     backbone = build(family, auto)
-    twin = PromptModel(backbone, PromptConfig(model.config.kind, P)).eval()
+    twin = PromptModel(backbone, PromptConfig(model.prompt_config.kind, P)).eval()
     twin.prompt.load_state_dict(model.prompt.state_dict())
     layers = backbone.base_model.layers if family in DECODERS else backbone.encoder.layer
     for layer, adapters in zip(layers, model.adapters, strict=True):

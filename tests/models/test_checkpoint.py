@@ -216,13 +216,13 @@ def test_peft_saved_over_ours(digests, tmp_path, caplog):
     own = tmp_path / "fastprompt_config.json"
     if not digests:
         without_digests(tmp_path)
-        assert PromptModel.from_pretrained(build("llama", CLM), tmp_path).config.position_offset == "none"
+        assert PromptModel.from_pretrained(build("llama", CLM), tmp_path).prompt_config.position_offset == "none"
     made = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
     theirs = peft.get_peft_model(build("llama", CLM), made).double().eval()
     theirs.save_pretrained(tmp_path)
     got = PromptModel.from_pretrained(build("llama", CLM), tmp_path).eval()
     assert "PEFT has saved over what it belongs to" in caplog.text
-    assert got.config == PromptConfig("prefix", P, prefix_in_window=True)
+    assert got.prompt_config == PromptConfig("prefix", P, prefix_in_window=True)
     assert got.adapters is None and got.prompt_names == ("default",)
     inputs = batch()
     keep = inputs["attention_mask"].bool()
@@ -277,7 +277,7 @@ def test_a_flipped_bit_is_told_or_changes_nothing(tmp_path):
                 assert file.name in str(error)
                 told += 1
                 continue
-            assert got.config == made.config
+            assert got.prompt_config == made.prompt_config
             assert all(torch.equal(got.state_dict()[name], tensor) for name, tensor in made.state_dict().items())
         file.write_bytes(good)
     assert told > 70

@@ -20,7 +20,7 @@ def model_of(family: str, kind: str, encoder: str, dtype=torch.float64, **config
 
 def peft_twin(model: PromptModel, family: str) -> peft.PeftModel:
     """PEFT's model with the same weights: its names beside ours, in the order of their parameters."""
-    kind, encoder = model.config.kind, model.config.encoder
+    kind, encoder = model.prompt_config.kind, model.prompt_config.encoder
     common = {"task_type": "FEATURE_EXTRACTION", "num_virtual_tokens": P, "encoder_hidden_size": HIDDEN}
     if kind == "prefix":
         config = peft.PrefixTuningConfig(**common, prefix_projection=True)

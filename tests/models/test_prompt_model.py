@@ -75,17 +75,21 @@ def test_batch_that_came_packed(family, kind):
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_causal_logits_stand_where_labels_are(family):
+def test_causal_logits_stand_where_labels_are(family, monkeypatch):
     model = model_of(family, "prompt", "AutoModelForCausalLM").train()
     inputs = batch()
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, :-2] = -100
-    seen = []
-    hook = model.backbone.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    out = model(**inputs, labels=labels)
-    hook.remove()
+    seen, forward = [], torch.nn.Linear.forward
+    with monkeypatch.context() as patch:  # no hook: what may change the logits is asked for all that count
+        patch.setattr(torch.nn.Linear, "forward", lambda self, x: seen.append((self, x.shape)) or forward(self, x))
+        out = model(**inputs, labels=labels)
     assert out.logits is None
-    assert seen == [(1, 0, 61)]  # the loss comes from the hidden states
+    assert [shape for module, shape in seen if module is model.backbone.lm_head] == [(1, 0, 48)]
+    hook = model.backbone.lm_head.register_forward_hook(lambda module, args, out: out.flip(-1))
+    flipped = model(**inputs, labels=torch.where(labels == -100, labels, 60 - labels)).loss
+    hook.remove()
+    torch.testing.assert_close(flipped.double(), out.loss)
     model.backbone.lm_head.weight.requires_grad_(True)  # and from the head itself where that trains
     torch.testing.assert_close(model(**inputs, labels=labels).loss.double(), out.loss)
     model.backbone.lm_head.weight.requires_grad_(False)
@@ -225,7 +229,7 @@ def test_an_empty_sentence_and_embeddings_as_input():
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_backbone_with_a_float32_prompt(family, kind):
     exact = model_of(family, kind)
-    half = PromptModel(build(family, dtype=torch.bfloat16), exact.config).eval()
+    half = PromptModel(build(family, dtype=torch.bfloat16), exact.prompt_config).eval()
     half.prompt.load_state_dict(exact.prompt.state_dict())
     assert half.prompt.weight.dtype == torch.float32
     inputs = batch()

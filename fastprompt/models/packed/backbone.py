@@ -112,8 +112,8 @@ class PackedBackbone:
         if start is not None:
             self._check_start(layer, inputs, prompt_inputs)
         if self.is_causal_lm:
-            items = inputs.pop("num_items_in_batch", None)
-            head = make_head(self.model, labels, all_logits, label_smoothing, items)
+            items, fused_lm_head = inputs.pop("num_items_in_batch", None), inputs.pop("fused_lm_head", False)
+            head = make_head(self.model, labels, all_logits, label_smoothing, items, fused_lm_head)
         elif label_smoothing:
             raise ValueError(f"label_smoothing is for causal language models here, got {label_smoothing}")
         elif labels is not None:
@@ -304,8 +304,7 @@ def _check_values(values: dict[str, np.ndarray]) -> None:
         raise ValueError(f"cu_seq_lens_k must be cu_seq_lens_q, {bounds}, got {keys}")
 
 
-def computed_in(weight: Tensor) -> torch.dtype:
-    """What products of a weight of the backbone are in: autocast leaves float64 as it is."""
-    device = weight.device.type
-    lowered = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if lowered else weight.dtype
+def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products of the backbone's weights, of a dtype, are in on a device: autocast leaves float64 as it is."""
+    lowered = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if lowered else dtype

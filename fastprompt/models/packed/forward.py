@@ -17,6 +17,7 @@ from .head import CausalHead
 from .inputs import PromptInputs
 from .layout import Packing, Plan
 from .passes import PackedPass
+from .weights import has_plain_weight
 
 # The stock arguments that a packed pass replaces. What else a head hands to its base model is passed on.
 _REPLACED = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "past_key_values")
@@ -87,7 +88,7 @@ class PackedForward:
 
         base.forward = packed_forward
         try:
-            output = model(**inputs)
+            output = model(**inputs if head is None or not head.fused else inputs | head.asked(self.plan))
         finally:
             if own is None:
                 del base.forward
@@ -100,6 +101,8 @@ class PackedForward:
             )
         if head is None:
             return output
+        if head.fused:
+            return head.scored(output, plan)
         return head.output(output, head_rows, len(self.packing.index), lambda logits: self._padded(logits, plan))
 
     # -- what goes into the base model ---------------------------------------------------------------------------
@@ -133,14 +136,17 @@ class PackedForward:
         return packed | {"attention_mask": prepared, "fastprompt_pass": self._pass(plan)}
 
     def _pass(self, plan: Plan) -> PackedPass:
-        geometry, given, weight = self.geometry, self.prompt_inputs, self.base.get_input_embeddings().weight
+        geometry, given, bounds = self.geometry, self.prompt_inputs, plan.cu_seqlens
+        weight = self.base.get_input_embeddings().weight
         num_prompts, rows = self.prompt_rows.leading
         return PackedPass(
-            cu_seqlens=plan.cu_seqlens if plan.cu_seqlens_rows is None else plan.cu_seqlens_rows,
+            cu_seqlens=bounds if plan.cu_seqlens_rows is None else plan.cu_seqlens_rows,
             is_causal=geometry.is_causal,
             prefix=given.prefix,
             prompt_index=plan.prompt_index,
-            nothing=weight.new_empty(max(num_prompts, 1), geometry.kv_heads, 0, geometry.head_dim),
+            nothing=weight.new_empty(
+                *(max(num_prompts, 1), geometry.kv_heads, 0, geometry.head_dim), device=bounds.device
+            ),
             num_prompts=num_prompts,
             leading_rows=rows,
             leading_bounds=plan.leading_bounds,
@@ -160,11 +166,14 @@ class PackedForward:
     def _embed(self, stock: dict, plan: Plan) -> Tensor:
         """(R, E): the prompt rows and the embeddings of the tokens."""
         embedding, given = self.base.get_input_embeddings(), self.prompt_inputs
-        if stock["input_ids"] is not None:
-            table, ids, scale = embedding.weight, _packed(stock["input_ids"], plan), _scale(embedding)
+        ids, table, scale = stock["input_ids"], stock["inputs_embeds"], 1.0
+        if ids is not None and has_plain_weight(embedding):
+            table, ids, scale = embedding.weight, _packed(ids, plan), _scale(embedding)
+        elif ids is not None:
+            table, ids = embedding(_packed(ids, plan)), None
         else:
-            table, ids, scale = stock["inputs_embeds"].flatten(0, 1), plan.index, 1.0
-            ids = torch.arange(len(table), device=table.device) if ids is None else ids
+            table, ids = table.flatten(0, 1), plan.index
+        ids = torch.arange(len(table), device=table.device) if ids is None else ids
         rows = None if given.prompt is None else given.prompt.to(table.dtype)  # (N, P, E)
         if given.shared_ids is not None:
             shared = embedding(given.shared_ids).to(table.dtype).expand(self.prompt_rows.num_prompts, -1, -1)

@@ -14,6 +14,7 @@ from fastprompt.ops._checks import check_targets
 
 from .layout import Packing, Plan
 from .logits import scale_and_cap
+from .weights import has_plain_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,8 @@ class CausalHead:
         labels: (B, L) next-token labels, -100 for none; or None. All are checked, those at padding too.
         all_logits: whether the logits of all text positions are wanted.
         label_smoothing, num_items_in_batch: as transformers' Trainer counts them.
+        fused_lm_head: the model's forward is what TRL's trainers made of it, and is asked for log-probabilities, ...
+            of the labels, (B, L): at each label's own place, zero where there is none or nothing predicts it.
     """
 
     def __init__(
@@ -53,15 +56,19 @@ class CausalHead:
         all_logits: bool,
         label_smoothing: float = 0.0,
         num_items_in_batch: Tensor | int | None = None,
+        fused_lm_head: bool = False,
     ) -> None:
         self.model, self.labels, self.all_logits = model, labels, all_logits or labels is None
-        self.label_smoothing, self.items = label_smoothing, num_items_in_batch
+        self.label_smoothing, self.items, self.fused = label_smoothing, num_items_in_batch, fused_lm_head
+        if fused_lm_head and labels is None:
+            raise ValueError("labels must be given with fused_lm_head, got None")
         if labels is not None:
             check_targets(labels, model.config.get_text_config().vocab_size, -100, "labels")
+        self.all_logits &= not fused_lm_head
         head = model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        plain = plain and not self.all_logits and model.loss_function is ForCausalLMLoss
-        self.scale_and_cap = scale_and_cap(model) if plain else None
+        plain = plain and not fused_lm_head and has_plain_weight(head) and model.loss_function is ForCausalLMLoss
+        self.scale_and_cap = scale_and_cap(model) if plain and not self.all_logits else None
         self.from_states = self.scale_and_cap is not None
 
     def planned(
@@ -88,6 +95,23 @@ class CausalHead:
         else:
             predictors, ends = np.where(first, (own + 1) * rows - 1, num_prompts * rows + labelled - 1), {}
         return {"targets": packing.index[labelled], "predictors": predictors.astype(np.int64)} | ends
+
+    def asked(self, plan: Plan) -> dict[str, Tensor | bool]:
+        """What TRL's forward of the model takes, for the rows that predict something."""
+        targets = torch.from_numpy(plan.targets).to(self.labels.device)
+        more = {} if self.items is None else {"num_items_in_batch": self.items}
+        return {"fused_lm_head": True, "shift_labels": self.labels.flatten()[targets].unsqueeze(0)} | more
+
+    def scored(self, output, plan: Plan):
+        """TRL's output for the rows that predict something, each value at the place (B, L) of its label."""
+        shape, targets = self.labels.shape, plan.targets
+
+        def placed(value):
+            if not isinstance(value, Tensor) or value.shape != (1, len(targets)):
+                return value
+            return value.new_zeros(shape.numel()).index_copy(0, targets, value[0]).view(shape)
+
+        return type(output)(**{name: placed(value) for name, value in output.items()})
 
     def rows(self, hidden: Tensor, text: Tensor, plan: Plan) -> HeadRows:
         """What is handed over of hidden (1, R, D), whose text (T, D) is, by what was planned."""
