@@ -120,7 +120,10 @@ class PackedForward:
 
     def _pack(self, stock: dict, plan: Plan) -> dict:
         """What the base model is handed in place of the stock arguments."""
-        batch, rows = _batch_of(stock), self.prompt_rows
+        embedding, rows = self.base.get_input_embeddings(), self.prompt_rows
+        if stock["input_ids"] is not None and self.states is None and not has_plain_weight(embedding):
+            stock = stock | {"input_ids": None, "inputs_embeds": embedding(stock["input_ids"])}
+        batch = _batch_of(stock)
         packed = {"position_ids": plan.positions}
         if stock["token_type_ids"] is not None:
             packed["token_type_ids"] = self._token_types(stock["token_type_ids"].expand(self.packing.shape), plan)
@@ -166,14 +169,11 @@ class PackedForward:
     def _embed(self, stock: dict, plan: Plan) -> Tensor:
         """(R, E): the prompt rows and the embeddings of the tokens."""
         embedding, given = self.base.get_input_embeddings(), self.prompt_inputs
-        ids, table, scale = stock["input_ids"], stock["inputs_embeds"], 1.0
-        if ids is not None and has_plain_weight(embedding):
-            table, ids, scale = embedding.weight, _packed(ids, plan), _scale(embedding)
-        elif ids is not None:
-            table, ids = embedding(_packed(ids, plan)), None
+        if stock["input_ids"] is not None:
+            table, ids, scale = embedding.weight, _packed(stock["input_ids"], plan), _scale(embedding)
         else:
-            table, ids = table.flatten(0, 1), plan.index
-        ids = torch.arange(len(table), device=table.device) if ids is None else ids
+            table, ids, scale = stock["inputs_embeds"].flatten(0, 1), plan.index, 1.0
+            ids = torch.arange(len(table), device=table.device) if ids is None else ids
         rows = None if given.prompt is None else given.prompt.to(table.dtype)  # (N, P, E)
         if given.shared_ids is not None:
             shared = embedding(given.shared_ids).to(table.dtype).expand(self.prompt_rows.num_prompts, -1, -1)

@@ -190,6 +190,7 @@ class Plan:
     ends: np.ndarray | Tensor | None = None
 
     @classmethod
+    @torch.compiler.disable
     def of(
         cls,
         packing: Packing,
@@ -269,6 +270,7 @@ def _positions(packing: Packing, geometry: Geometry, offset: int) -> np.ndarray:
     return positions + offset
 
 
+@torch.compiler.disable
 def read(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """The values of tensors of integers or booleans: the one place where a step waits for its device, once for all."""
     values = {}
@@ -282,6 +284,7 @@ def read(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return values
 
 
+@torch.compiler.disable
 def to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """Arrays (N,) of integers, brought to a device in one copy that the host does not wait for."""
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))  # each begins where its type may
