@@ -168,7 +168,7 @@ def test_the_row_that_is_pooled_is_chosen(family, tmp_path):
     stock.save_pretrained(tmp_path / "theirs")
     loaded = PromptModel.from_pretrained(build(family, auto), tmp_path / "theirs").eval()
     expected = stock(**inputs).logits
-    assert relative(loaded(**inputs).logits, expected) < 1e-6 and loaded.config.pools_prompt
+    assert relative(loaded(**inputs).logits, expected) < 1e-6 and loaded.prompt_config.pools_prompt
     loaded.save_pretrained(tmp_path / "again")
     for made in (
         peft.PeftModel.from_pretrained(build(family, auto), tmp_path / "again").double().eval(),
