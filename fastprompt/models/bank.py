@@ -99,21 +99,24 @@ class PromptBank(nn.Module):
         """Write one prompt as `save_pretrained` writes a model that has no other."""
         self._save(self._prompt_of(name), Path(directory))
 
-    def load_prompt(self, name: str, directory: str | Path, *, trainable: bool = False) -> None:
+    def load_prompt(
+        self, name: str, directory: str | Path, *, trainable: bool = False, subfolder: str | None = None
+    ) -> None:
         """Add a prompt that `save_prompt`, `save_pretrained` or PEFT wrote. A head and adapters beside it are not read.
 
         Other weights beside it, such as rows of added tokens, must be the model's own.
 
         Args:
             name: as in `add_prompt`.
-            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
+            directory, subfolder: as of `from_pretrained`.
             trainable: whether it goes on training; an encoder is needed for that, and is left out otherwise.
 
         Raises:
             FileNotFoundError, ValueError: a name that does not fit; a file that is missing or of another kind or shape.
         """
         self._check_new(name)
-        prompt = checkpoint.load_prompt(self.prompt_config, self._packed, Path(directory), trainable)
+        folder = checkpoint.locate(directory, subfolder)
+        prompt = checkpoint.load_prompt(self.prompt_config, self._packed, folder, trainable)
         self.other_prompts[name] = prompt.train(self.training).requires_grad_(trainable)
 
     def _check_new(self, name: str) -> None:
@@ -199,18 +202,22 @@ class PromptBank(nn.Module):
         checkpoint.save(self.prompt_config, self._packed, prompt, directory, **beside)
 
     @classmethod
-    def from_pretrained(cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False) -> "PromptBank":
+    def from_pretrained(
+        cls, backbone: nn.Module, directory: str | Path, *, trainable: bool = False, subfolder: str | None = None
+    ) -> "PromptBank":
         """Load what `save_pretrained`, or PEFT, wrote: of PEFT's the one adapter in the folder; see `load_prompt`.
 
         Args:
             backbone: the model it was trained on.
-            directory: folder with `adapter_config.json` and `adapter_model.safetensors`.
+            directory: folder with `adapter_config.json` and `adapter_model.safetensors` (or `adapter_model.bin`, as
+                older versions of PEFT wrote it); or a string, the id of a repository of such files on the hub.
             trainable: whether to go on training; encoders are needed for that, and are left out otherwise.
+            subfolder: of the directory, or of the repository, with the files.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing, of another kind, or of a shape that does not fit.
         """
-        stored = checkpoint.read(Path(directory))
+        stored = checkpoint.read(checkpoint.locate(directory, subfolder))
         beside = stored.fitting(backbone)
         model = cls(backbone, stored.start(stored.config, trainable))
         model.prompt_config = stored.config
@@ -221,7 +228,8 @@ class PromptBank(nn.Module):
         parameters = {name for name, _ in backbone.named_parameters()}
         model._head += [name for name in beside if name in parameters and name not in model._head]
         for name in stored.others:
-            model.load_prompt(name, Path(directory) / name, trainable=trainable)
+            inside = name if subfolder is None else f"{subfolder}/{name}"
+            model.load_prompt(name, directory, trainable=trainable, subfolder=inside)
         if not trainable:
             model.requires_grad_(False)
         return model

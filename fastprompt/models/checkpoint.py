@@ -1,19 +1,20 @@
 """Prompts on disk, in PEFT's format: what PEFT wrote loads here, and the other way round."""
 
 import dataclasses
+import glob
 import json
 import logging
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
 from fastprompt._files import (
     CHECKSUM,
     check_json,
-    check_known,
     read_json,
     read_tensors,
     write_json,
@@ -28,10 +29,12 @@ from .prompt_init import chosen_layers, new_prompt
 
 WEIGHTS, CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "fastprompt_config.json"
 ENCODER, ADAPTERS = "encoder.safetensors", "adapters.safetensors"
+PICKLED = "adapter_model.bin"  # what older versions of PEFT wrote, and it still writes with safe_serialization=False
 KEY = "prompt_embeddings"
 BACKBONE = "base_model."  # what PEFT puts before the names of the backbone's weights
 PEFT_TYPES = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 KINDS = {"PREFIX_TUNING": "prefix", "CARTRIDGE": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt"}
+KINDS |= {"CPT": "prompt"}
 _PEFTS = {"auto_mapping", "peft_version", "revision"}  # PEFT writes them into adapter_config.json, and we do not
 _MORE = ("other_prompts", "files")  # in our own file, beside the fields of PromptConfig
 _LOG = logging.getLogger("fastprompt")
@@ -187,6 +190,8 @@ class Folder:
         beside: weights of the backbone, by their names in it.
         others: names of the other prompts in its subfolders.
         files: digests of the files that were written together; empty where PEFT wrote them, or an older version.
+        weights: name of the file with the prompt.
+        is_final: PEFT trained it in a way that does not go on here: rows stay as they are, or a loss is its own.
     """
 
     directory: Path
@@ -195,9 +200,16 @@ class Folder:
     beside: dict[str, Tensor]
     others: list[str]
     files: dict[str, str]
+    weights: str
+    is_final: bool
 
     def start(self, config: PromptConfig, trainable: bool) -> PromptConfig:
         """`config`, for a prompt that begins at what is held: no pass for it, and an encoder only if it trains on."""
+        if trainable and self.is_final:
+            raise ValueError(
+                f"trainable must be False for the prompt in {self.directory}: a CARTRIDGE with num_frozen_tokens, or "
+                "CPT, goes on training in PEFT alone, fused or not"
+            )
         encoder, hidden_size = (self.config.encoder, self.config.encoder_hidden_size) if trainable else (None, None)
         begin = {"init": "random", "init_ids": None, "init_scale": 0.0}
         return dataclasses.replace(config, **begin, encoder=encoder, encoder_hidden_size=hidden_size)
@@ -208,7 +220,7 @@ class Folder:
         directory, expected = self.directory, prompt.encoded().shape
         if self.rows.shape != expected:
             raise ValueError(
-                f"{KEY} in {directory / WEIGHTS} must be {tuple(expected)} for this backbone, "
+                f"{KEY} in {directory / self.weights} must be {tuple(expected)} for this backbone, "
                 f"got {tuple(self.rows.shape)}"
             )
         if prompt.encoder is None:
@@ -239,49 +251,77 @@ class Folder:
         return _fitting(backbone, self.beside, self.directory)
 
 
+def locate(directory: str | Path, subfolder: str | None = None) -> Path:
+    """The folder that is meant: a local one or, of a string that is none, what the hub has under that id.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if isinstance(directory, str) and not Path(directory).exists():
+        inside = "" if subfolder is None else f"{glob.escape(subfolder)}/"
+        wanted = [inside + name for name in (CONFIG, OWN_CONFIG, WEIGHTS, PICKLED, ENCODER, ADAPTERS)]
+        try:
+            folder = huggingface_hub.snapshot_download(directory, allow_patterns=wanted)
+        except (OSError, ValueError) as error:  # it is not there, cannot be reached, or is no id
+            raise FileNotFoundError(
+                f"directory must be a folder, or the id of a repository on the hub, got {directory!r}: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+        directory = folder
+    return Path(directory) if subfolder is None else Path(directory) / subfolder
+
+
 def read(directory: Path) -> Folder:
     """What a folder holds that we, or PEFT, wrote."""
-    for name in (CONFIG, WEIGHTS):
+    weights = WEIGHTS if (directory / WEIGHTS).is_file() or not (directory / PICKLED).is_file() else PICKLED
+    for name in (CONFIG, weights):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"directory must hold {name}, which is not in {directory}")
-    peft_config, others, files = read_json(directory / CONFIG), [], {}
+    peft_config, others, files, is_final = read_json(directory / CONFIG), [], {}, False
     by_peft = bool(_PEFTS & peft_config.keys())
     if (directory / OWN_CONFIG).is_file() and not by_peft:
         config, others, files = _read_own(directory / OWN_CONFIG)
     else:
         if (directory / OWN_CONFIG).is_file():
             _LOG.warning("%s: PEFT has saved over what it belongs to, and it is not read", directory / OWN_CONFIG)
-        kind = KINDS.get(peft_config.get("peft_type"))
-        if kind is None:
-            raise ValueError(
-                f"peft_type in {directory / CONFIG} must be one of {tuple(KINDS)}, got {peft_config.get('peft_type')!r}"
-            )
-        if "num_virtual_tokens" not in peft_config:
-            raise ValueError(f"{directory / CONFIG} must have num_virtual_tokens, got {sorted(peft_config)}")
-        config = PromptConfig(
-            kind, peft_config["num_virtual_tokens"], prefix_in_window=True, pools_prompt=kind == "prompt"
-        )
-    tensors = _tensors(directory, WEIGHTS, files)
+        config = _read_pefts(directory / CONFIG, peft_config)
+        is_final = peft_config["peft_type"] == "CPT" or bool(peft_config.get("num_frozen_tokens"))
+    tensors = _tensors(directory, weights, files)
     if KEY not in tensors:
-        raise ValueError(f"{directory / WEIGHTS} must hold {KEY!r}, got {sorted(tensors)}")
-    rows = tensors.pop(KEY)
-    return Folder(directory, config, rows, {n.removeprefix(BACKBONE): t for n, t in tensors.items()}, others, files)
+        raise ValueError(f"{directory / weights} must hold {KEY!r}, got {sorted(tensors)}")
+    rows, beside = tensors.pop(KEY), {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items()}
+    return Folder(directory, config, rows, beside, others, files, weights, is_final)
+
+
+def _read_pefts(file: Path, about: dict) -> PromptConfig:
+    """The configuration of a prompt that PEFT wrote."""
+    kind = KINDS.get(about.get("peft_type"))
+    if kind is None:
+        raise ValueError(f"peft_type in {file} must be one of {tuple(KINDS)}, got {about.get('peft_type')!r}")
+    if "num_virtual_tokens" not in about:
+        raise ValueError(f"{file} must have num_virtual_tokens, got {sorted(about)}")
+    return PromptConfig(kind, about["num_virtual_tokens"], prefix_in_window=True, pools_prompt=kind == "prompt")
 
 
 def _read_own(file: Path) -> tuple[PromptConfig, list[str], dict[str, str]]:
     """The configuration of our own file, the names of the other prompts, and the digests of the files beside it."""
     own = read_json(file)
-    check_known(file, own, {field.name for field in dataclasses.fields(PromptConfig)} | {*_MORE, CHECKSUM})
     check_json(file, own)
-    others, files = own.pop("other_prompts", []), own.pop("files", {})
-    own.pop(CHECKSUM, None)
+    known = {field.name for field in dataclasses.fields(PromptConfig)}
+    unknown = sorted(own.keys() - known - {*_MORE, CHECKSUM})
+    if unknown:
+        names = ", ".join(unknown)
+        _LOG.warning("%s: %s is passed over: a newer version of fastprompt wrote it, which knows more", file, names)
     try:
-        return PromptConfig(**own), others, files
+        config = PromptConfig(**{name: own[name] for name in known & own.keys()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+    return config, own.get("other_prompts", []), own.get("files", {})
 
 
 def _tensors(directory: Path, name: str, files: dict[str, str]) -> dict[str, Tensor]:
+    if name == PICKLED:
+        return _pickled(directory / name)
     stored = read_tensors(directory / name)
     if files.get(name, stored.digest) != stored.digest:
         raise ValueError(
@@ -291,11 +331,26 @@ def _tensors(directory: Path, name: str, files: dict[str, str]) -> dict[str, Ten
     return stored.tensors
 
 
+def _pickled(file: Path) -> dict[str, Tensor]:
+    """What torch.save wrote; no code in it is run."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling makes of other bytes
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} is damaged, or holds something else than tensors: {message}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
+        raise ValueError(f"{file} is damaged, or holds something else than tensors: it must be a dictionary of tensors")
+    return tensors
+
+
 def _fitting(backbone: nn.Module, beside: dict[str, Tensor], directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """The backbone's own tensor and that of a file, by name."""
-    own = backbone.state_dict(keep_vars=True)
+    own, first = backbone.state_dict(keep_vars=True), {}
     for name, tensor in beside.items():
         if name not in own or own[name].shape != tensor.shape:
             have = tuple(own[name].shape) if name in own else "no such parameter"
             raise ValueError(f"{name} in {directory} must fit the backbone: {have}, got {tuple(tensor.shape)}")
+        tied = first.setdefault(id(own[name]), name)
+        if not torch.equal(beside[tied], tensor):
+            raise ValueError(f"{tied} and {name} in {directory} must be equal: the backbone has one weight for both")
     return {name: (own[name], tensor) for name, tensor in beside.items()}
