@@ -3,10 +3,10 @@
     python tests/compat/peft_suite.py PEFT [--workers 2] [--select "-k ..."]
 
 PEFT is a checkout of github.com/huggingface/peft; only its `tests` folder is read, and the installed peft is what runs.
-Those tests load small models from the hub by name: here a folder of the same name stands in the working directory,
-with a random model of the same family, so that no hub is asked. The tests run twice, as they are and with
-`fastprompt.fuse` behind `get_peft_model` and `PeftModel.from_pretrained`. A test that fails as it is (for want of a
-file of the hub, say) is left out of the count.
+Those tests load small models and data sets from the hub by name: here a folder of the same name stands in the working
+directory, with a random model of the same family, or with some sentences, so that no hub is asked. The tests run twice,
+as they are and with `fastprompt.fuse` behind `get_peft_model` and `PeftModel.from_pretrained`. A test that fails as it
+is (for want of another file of the hub, say) is left out of the count.
 
 With `-p peft_suite` this file is also the plugin of pytest that fuses.
 """
@@ -102,6 +102,21 @@ def write_models(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
+def write_data(folder: Path) -> None:
+    """The data sets that the tests train on, with their columns."""
+    quotes, sentences = folder / "ybelkada/english_quotes_copy", folder / "nyu-mll/glue"
+    for place in (quotes, sentences):
+        place.mkdir(parents=True)
+    lines = [json.dumps({"quote": f"To be {n} times, or not to be.", "author": "W. S."}) for n in range(50)]
+    (quotes / "train.jsonl").write_text("\n".join(lines))
+    (sentences / "README.md").write_text(
+        "---\nconfigs:\n- config_name: sst2\n  data_files:\n  - {split: train, path: sst2.jsonl}\n"
+        "  - {split: validation, path: sst2.jsonl}\n---\n"
+    )
+    lines = [json.dumps({"sentence": f"{n} good and bad films", "label": n % 2, "idx": n}) for n in range(20)]
+    (sentences / "sst2.jsonl").write_text("\n".join(lines))
+
+
 def _byte_letters() -> list[str]:
     from tokenizers import pre_tokenizers
 
@@ -175,6 +190,7 @@ def run(tests: Path, work: Path, fused: bool, workers: int, select: str) -> dict
     """A record of each test."""
     results = work / ("fused.jsonl" if fused else "stock.jsonl")
     environment = os.environ | {RESULTS: str(results), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(work / "cache")
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     if fused:
         environment[FUSED] = "1"
@@ -218,6 +234,7 @@ def main() -> None:
         parser.error(f"peft must be a checkout of PEFT with its tests, got {given.peft}")
     with tempfile.TemporaryDirectory() as work:
         write_models(Path(work))
+        write_data(Path(work))
         text = report(*(run(tests, Path(work), fused, given.workers, given.select) for fused in (False, True)))
     print(text)
     if given.out:
