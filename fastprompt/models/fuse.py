@@ -71,8 +71,8 @@ def fuse(peft_model, *, pools_prompt: bool = True):
     packed = PackedBackbone(_backbone(peft_model))
     if replaced is not None:  # PEFT leaves it there after `disable_adapter`
         del peft_model.forward
-    peft_model.__class__ = _fused_class(type(peft_model))
     peft_model.pools_prompt = pools_prompt
+    peft_model.__class__ = _fused_class(type(peft_model))
     if packed.model is not packed.model.base_model:
         _name_for_trainer(packed.model)
     return peft_model

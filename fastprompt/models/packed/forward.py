@@ -227,10 +227,6 @@ def _pooled(base: nn.Module, pooler: nn.Module, firsts: Tensor) -> Tensor:
     return pooler(firsts.unsqueeze(1))
 
 
-def _name(function: Callable) -> str:
-    return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"
-
-
 def _batch_of(stock: dict) -> Tensor:
     return stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
 
@@ -239,6 +235,10 @@ def _packed(batch: Tensor, plan: Plan) -> Tensor:
     """(B, L, ...) -> (T, ...)."""
     flat = batch.flatten(0, 1)
     return flat if plan.index is None else flat.index_select(0, plan.index)
+
+
+def _name(function: Callable) -> str:
+    return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"
 
 
 @cache
