@@ -81,6 +81,8 @@ def fuse(peft_model, *, pools_prompt: bool = True):
 class FusedForward:
     """What `fuse` puts before a PeftModel's own class."""
 
+    pools_prompt = True
+
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
         labels, return_logits = kwargs.pop("labels", None), kwargs.pop("return_logits", False)
         shared_ids, label_smoothing = kwargs.pop("shared_prefix_ids", None), kwargs.pop("label_smoothing", 0.0)

@@ -150,6 +150,8 @@ def test_what_does_not_go_with_context_aware_prompt_tuning():
     inputs = inputs_of("", "CAUSAL_LM")
     with pytest.raises(ValueError, match=r"input_type_mask must be \(4, 12\), as labels, got \(4, 3\)"):
         model(**inputs, input_type_mask=torch.ones(4, 3))
+    with pytest.raises(ValueError, match="samples that share a row are not for CPT's loss"):
+        model(**inputs, seq_idx=(torch.arange(12) > 1).long().expand(4, -1))
     with pytest.raises(ValueError, match="label_smoothing must not be given with CPT's loss, got 0.1"):
         model(**inputs, label_smoothing=0.1)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .head import CausalHead, HeadRows
-from .layout import NO_LABEL, Plan, to_device
+from .layout import NO_LABEL, Packing, Plan, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,14 @@ class ContextHead(CausalHead):
         if self.label_smoothing:
             raise ValueError(f"label_smoothing must not be given with CPT's loss, got {self.label_smoothing}")
         self.context, self.from_states = context, False
+
+    def planned(self, packing: Packing, *given) -> dict[str, np.ndarray]:
+        """As `CausalHead.planned`."""
+        if packing.came_packed:
+            raise ValueError(
+                "samples that share a row are not for CPT's loss, which counts the prompt's labels by rows"
+            )
+        return super().planned(packing, *given)
 
     def rows(self, hidden: Tensor, text: Tensor, plan: Plan) -> ContextRows:
         """As `CausalHead.rows`, behind those of the prompt that predict its own tokens."""
