@@ -18,7 +18,7 @@ FUSED_KINDS = KINDS | {MULTITASK: "prompt", CPT: "prompt"}  # of PEFT's types: w
 _PUT_BACK = {"forward", "prepare_inputs_for_generation"}
 
 
-def fuse(peft_model, *, pools_prompt: bool = True):
+def fuse(peft_model, *, pools_prompt: bool = True, cuda_graphs: bool = False):
     """Give a PEFT prompt-learning model a packed forward, in place.
 
     It stays the same PeftModel with the same Parameters, checkpoints and `generate` (which runs as before): its class
@@ -47,6 +47,7 @@ def fuse(peft_model, *, pools_prompt: bool = True):
             LoRA, or the like.
         pools_prompt: over encoders, a classification head and the pooler read the first virtual token of prompt tuning
             and its like, as PEFT does by mistake and as what it trained wants it; False: the text's first token.
+        cuda_graphs: as of `PromptModel`, which says what it needs. It becomes an attribute, to be set at any time.
 
     Returns:
         The same object.
@@ -62,7 +63,7 @@ def fuse(peft_model, *, pools_prompt: bool = True):
     if not isinstance(pools_prompt, bool):
         raise TypeError(f"pools_prompt must be a bool, got {pools_prompt!r}")
     if isinstance(peft_model, FusedForward):
-        peft_model.pools_prompt = pools_prompt
+        peft_model.pools_prompt, peft_model.cuda_graphs = pools_prompt, cuda_graphs
         return peft_model
     _kind(peft_model)
     replaced = peft_model.__dict__.get("forward")
@@ -73,6 +74,7 @@ def fuse(peft_model, *, pools_prompt: bool = True):
         del peft_model.forward
     peft_model.pools_prompt = pools_prompt
     peft_model.__class__ = _fused_class(type(peft_model))
+    peft_model.cuda_graphs = cuda_graphs
     if packed.model is not packed.model.base_model:
         _name_for_trainer(packed.model)
     return peft_model
@@ -81,7 +83,7 @@ def fuse(peft_model, *, pools_prompt: bool = True):
 class FusedForward:
     """What `fuse` puts before a PeftModel's own class."""
 
-    pools_prompt = True
+    pools_prompt, cuda_graphs = True, False
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
         labels, return_logits = kwargs.pop("labels", None), kwargs.pop("return_logits", False)
@@ -105,6 +107,7 @@ class FusedForward:
             all_logits=return_logits or not self.training or labels is None,
             label_smoothing=label_smoothing,
             pools_prompt=self.pools_prompt,
+            cuda_graphs=self.cuda_graphs,
             **other_loss,
         )
         return output.to_tuple() if return_dict is False else output

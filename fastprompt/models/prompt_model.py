@@ -35,12 +35,30 @@ class PromptModel(ForTrainers, PromptBank, PreTrainedModel):
         backbone: a transformers model of a supported family (`fastprompt.models.families`), with or without a head. Its
             parameters are frozen, in place, except those of a classification or span head.
         config: what kind of prompt.
+        cuda_graphs: training steps on a GPU run as CUDA graphs, forward and backward, if their batches have a fixed
+            shape: those of a `fastprompt.training.PackingCollator` with max_tokens. Others, and what a graph cannot do
+            (hooks in the backbone, gradient checkpointing; a warning says so), run as without. A graph is recorded at
+            the first batch of each shape. Its memory is used again by the next forward of the model: a loss must have
+            its backward before that, and once.
+
+    Attributes:
+        cuda_graphs: as given; it may be set at any time.
+
+    Example:
+        >>> collate = PackingCollator(max_tokens=[2048, 4096], max_samples=32)
+        >>> model = PromptModel(backbone, PromptConfig("prefix", 32), cuda_graphs=True).cuda().train()
+        >>> for batch in DataLoader(data, 32, shuffle=True, collate_fn=collate, pin_memory=True):
+        ...     batch = {name: x.cuda(non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
+        ...     loss = model(**batch).loss
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
 
     Raises:
         TypeError, ValueError: for a backbone or a setting that does not fit, before anything is changed.
     """
 
-    def __init__(self, backbone: nn.Module, config: PromptConfig) -> None:
+    def __init__(self, backbone: nn.Module, config: PromptConfig, *, cuda_graphs: bool = False) -> None:
         if isinstance(backbone, PromptBank):
             raise TypeError(f"backbone must be a transformers model, got {type(backbone).__name__}")
         packed = PackedBackbone(backbone)
@@ -52,6 +70,7 @@ class PromptModel(ForTrainers, PromptBank, PreTrainedModel):
                 f"got {config.num_virtual_tokens}"
             )
         PromptBank.__init__(self, backbone, config)
+        self.cuda_graphs = cuda_graphs
 
     def __new__(cls, backbone: nn.Module | None = None, *args, **kwargs) -> "PromptModel":
         spans = "QuestionAnswering" in type(backbone).__name__
@@ -120,6 +139,7 @@ class PromptModel(ForTrainers, PromptBank, PreTrainedModel):
             label_smoothing=label_smoothing,
             start=None if lower_states is None else (self.first_layer, lower_states),
             pools_prompt=self.prompt_config.pools_prompt,
+            cuda_graphs=self.cuda_graphs,
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -3,25 +3,38 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import layout
+from . import captured, layout
 from .attention import NAME
-from .forward import PackedForward
+from .forward import SAMPLES, PackedForward
 from .head import CausalHead
 from .inputs import PromptInputs
 from .layers import fuse_layers
-from .layout import NO_LABEL, Packing
+from .layout import NO_LABEL, Packing, Plan
 from .served import base_of, geometry, layer_list
 
 # The inputs that say which tokens there are, and of which samples.
 TELLING = "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"
 
 NO_PROMPT = PromptInputs()
+
+
+class Batch(NamedTuple):
+    """The tensors that one pass reads beside the model's."""
+
+    inputs: dict
+    labels: Tensor | None
+    items: Tensor | float | None
+    prefix: dict[int, tuple[Tensor, Tensor]]
+    prompt: Tensor | None
+    shared_ids: Tensor | None
+    states: Tensor | None
 
 
 class StandIn(nn.Module):
@@ -84,6 +97,7 @@ class PackedBackbone:
         start: tuple[int, Tensor] | None = None,
         pools_prompt: bool = False,
         make_head: Callable[..., CausalHead] = CausalHead,
+        cuda_graphs: bool = False,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
 
@@ -98,6 +112,7 @@ class PackedBackbone:
                 and lower layers, which must have no prompt, are left out.
             pools_prompt: heads of encoders that read the first row read the prompt's, as in PEFT, not the text's.
             make_head: of a causal language model, with another loss than its own.
+            cuda_graphs: a step on a GPU whose batch was filled up to a shape runs as a graph.
 
         Raises:
             ValueError, IndexError: what a packed pass cannot serve, or prompts that do not fit.
@@ -107,27 +122,47 @@ class PackedBackbone:
         self.check_prompts(prompt_inputs)
         self._check_checkpointing(inputs, prompt_inputs)
         self._check_segments(packing, prompt_inputs)
-        inputs, head = {name: value for name, value in inputs.items() if name != "packing"}, None
+        inputs = {name: value for name, value in inputs.items() if name not in ("packing", *SAMPLES)}
         layer, states = start or (0, None)
         if start is not None:
             self._check_start(layer, inputs, prompt_inputs)
+        items, fused_lm_head, is_filled_up = None, False, packing.max_labels is not None
         if self.is_causal_lm:
             items, fused_lm_head = inputs.pop("num_items_in_batch", None), inputs.pop("fused_lm_head", False)
-            head = make_head(self.model, labels, all_logits, label_smoothing, items, fused_lm_head)
         elif label_smoothing:
             raise ValueError(f"label_smoothing is for causal language models here, got {label_smoothing}")
         elif labels is not None:
             inputs["labels"] = labels
         pools_prompt = pools_prompt and prompt_inputs.prompt is not None and not self.geometry.is_causal
-        forward = PackedForward(
-            *(self.base, self.geometry, packing, prompt_inputs),
-            head=head,
-            states=states,
-            replaces_first=self.pools_first_row and (packing.left_padded or pools_prompt),
-            pools_prompt=pools_prompt,
-        )
-        with self._stand_in(range(layer), states):
-            return forward.run(self.model, inputs)
+        replaces_first = self.pools_first_row and (packing.left_padded or pools_prompt)
+
+        def forward_of(batch: Batch) -> PackedForward:
+            head = None
+            if self.is_causal_lm:
+                options = all_logits, label_smoothing, batch.items, fused_lm_head, is_filled_up
+                head = make_head(self.model, batch.labels, *options)
+            given = replace(prompt_inputs, prefix=batch.prefix, prompt=batch.prompt, shared_ids=batch.shared_ids)
+            return PackedForward(
+                *(self.base, self.geometry, packing, given),
+                head=head,
+                states=batch.states,
+                replaces_first=replaces_first,
+                pools_prompt=pools_prompt,
+            )
+
+        def run(batch: Batch, plan: Plan | None = None):
+            with self._stand_in(range(layer), batch.states):
+                return forward_of(batch).run(self.model, batch.inputs, plan)
+
+        prompts = prompt_inputs.prefix, prompt_inputs.prompt, prompt_inputs.shared_ids
+        batch, found = Batch(inputs, labels, items, *prompts, states), None
+        own_loss = make_head is CausalHead and not fused_lm_head
+        if cuda_graphs and own_loss and captured.serves(self.model, inputs, is_filled_up):
+            batch = batch if items is None else batch._replace(items=torch.as_tensor(items))  # another in each step
+            window, adapters = prompt_inputs.prefix_in_window, prompt_inputs.adapters
+            constants = packing.shape, all_logits, label_smoothing, layer, window, replaces_first, pools_prompt
+            found = captured.run(self.model, run, batch, forward_of(batch).plan, constants, adapters)
+        return run(batch) if found is None else found[0]
 
     def pack(
         self, inputs: dict, labels: Tensor | None = None, prompt_ids: Tensor | None = None

@@ -21,7 +21,7 @@ from .weights import has_plain_weight
 
 # The stock arguments that a packed pass replaces. What else a head hands to its base model is passed on.
 _REPLACED = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "past_key_values")
-_SAMPLES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # of a batch that came packed
+SAMPLES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # of a batch that came packed
 
 _SCALES = WeakIdKeyDictionary()  # of embeddings, by the tensor and the dtype of what is scaled: read once for all steps
 
@@ -67,17 +67,23 @@ class PackedForward:
         of_head = {} if head is None else head.planned(packing, rows.leading, index)
         self.plan = Plan.of(packing, rows, geometry, index, pools, of_head)
 
-    def run(self, model: nn.Module, inputs: dict):
-        """The output of `model`, which has the base model, for its own keyword arguments, padded."""
+    def run(self, model: nn.Module, inputs: dict, plan: Plan | None = None):
+        """The output of `model`, which has the base model, for its own keyword arguments, padded.
+
+        Args:
+            plan: its own, if it is on the device already.
+        """
         # Not hooks: replicas of a model share the dictionaries that hooks are kept in, and run at the same time.
         base, head = self.base, self.head
         forward, own = base.forward, base.__dict__.get("forward")
-        plan = head_rows = None
+        head_rows = None
+        if head is not None:
+            head.check()
 
         def packed_forward(*args, **kwargs):
             nonlocal plan, head_rows
             stock, others = self._sorted(args, kwargs)
-            plan = self.plan.to(_batch_of(stock).device)
+            plan = self.plan.to(_batch_of(stock).device) if plan is None else plan
             output = forward(**others, **self._pack(stock, plan))
             hidden = output.last_hidden_state  # (1, R, D)
             self._unpack(output, plan)
@@ -112,7 +118,7 @@ class PackedForward:
         names = _parameters(type(self.base).forward)
         given = dict(zip(names, args, strict=False)) | kwargs
         stock = {name: given.pop(name, None) for name in _REPLACED}
-        for name in _SAMPLES:
+        for name in SAMPLES:
             given.pop(name, None)
         if "use_cache" in names:
             given["use_cache"] = False

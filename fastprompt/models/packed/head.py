@@ -12,7 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from fastprompt.ops import linear_cross_entropy
 from fastprompt.ops._checks import check_targets
 
-from .layout import Packing, Plan
+from .layout import NO_LABEL, Packing, Plan
 from .logits import scale_and_cap
 from .weights import has_plain_weight
 
@@ -47,6 +47,7 @@ class CausalHead:
         label_smoothing, num_items_in_batch: as transformers' Trainer counts them.
         fused_lm_head: the model's forward is what TRL's trainers made of it, and is asked for log-probabilities, ...
             of the labels, (B, L): at each label's own place, zero where there is none or nothing predicts it.
+        is_filled_up: the batch was filled up to a shape, and what is planned has a shape of its own, too.
     """
 
     def __init__(
@@ -57,19 +58,24 @@ class CausalHead:
         label_smoothing: float = 0.0,
         num_items_in_batch: Tensor | int | None = None,
         fused_lm_head: bool = False,
+        is_filled_up: bool = False,
     ) -> None:
         self.model, self.labels, self.all_logits = model, labels, all_logits or labels is None
-        self.label_smoothing, self.items, self.fused = label_smoothing, num_items_in_batch, fused_lm_head
+        self.label_smoothing, self.items, self.is_filled_up = label_smoothing, num_items_in_batch, is_filled_up
+        self.fused = fused_lm_head
         if fused_lm_head and labels is None:
             raise ValueError("labels must be given with fused_lm_head, got None")
-        if labels is not None:
-            check_targets(labels, model.config.get_text_config().vocab_size, -100, "labels")
         self.all_logits &= not fused_lm_head
         head = model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         plain = plain and not fused_lm_head and has_plain_weight(head) and model.loss_function is ForCausalLMLoss
         self.scale_and_cap = scale_and_cap(model) if plain and not self.all_logits else None
         self.from_states = self.scale_and_cap is not None
+
+    def check(self) -> None:
+        """Raise an IndexError for labels that are no words; on a GPU that is an assert of the device."""
+        if self.labels is not None:
+            check_targets(self.labels, self.model.config.get_text_config().vocab_size, NO_LABEL, "labels")
 
     def planned(
         self, packing: Packing, leading: tuple[int, int], prompt_index: np.ndarray | None
@@ -81,6 +87,9 @@ class CausalHead:
         Args:
             leading: prompts, and rows of each, that stand before the text.
             prompt_index: (S,) which of them each segment reads; None: the first.
+
+        Raises:
+            ValueError: more labels than a batch that was filled up has room for.
         """
         if self.labels is None:
             return {}
@@ -94,7 +103,14 @@ class CausalHead:
             ends = {"ends": np.arange(1, num_prompts + 1) * rows - 1} if rows else {}
         else:
             predictors, ends = np.where(first, (own + 1) * rows - 1, num_prompts * rows + labelled - 1), {}
-        return {"targets": packing.index[labelled], "predictors": predictors.astype(np.int64)} | ends
+        targets = packing.index[labelled]
+        if self.is_filled_up:  # with a label that `rows` puts behind all others; of any rows, but not all of the same
+            more = packing.max_labels - len(targets)
+            if more < 0:
+                raise ValueError(f"labels must be at most {packing.max_labels}, as max_labels says, got {len(targets)}")
+            targets = np.pad(targets, (0, more), constant_values=len(packing.index))
+            predictors = np.concatenate([predictors, np.arange(more)])
+        return {"targets": targets, "predictors": predictors.astype(np.int64)} | ends
 
     def asked(self, plan: Plan) -> dict[str, Tensor | bool]:
         """What TRL's forward of the model takes, for the rows that predict something."""
@@ -117,7 +133,10 @@ class CausalHead:
         """What is handed over of hidden (1, R, D), whose text (T, D) is, by what was planned."""
         if self.labels is None:
             return HeadRows(text.unsqueeze(0))
-        targets, predictors = self.labels.flatten().index_select(0, plan.targets), plan.predictors
+        labels, predictors = self.labels.flatten(), plan.predictors
+        if self.is_filled_up:
+            labels = F.pad(labels, (0, 1), value=NO_LABEL)
+        targets = labels.index_select(0, plan.targets)
         if self.all_logits:
             given = text if plan.ends is None else torch.cat([hidden[0].index_select(0, plan.ends), text])
             return HeadRows(given.unsqueeze(0), targets, predictors)
@@ -146,7 +165,9 @@ class CausalHead:
         if self.from_states:
             weight = self.model.get_output_embeddings().weight
             scale, softcap = self.scale_and_cap
-            options = {"label_smoothing": self.label_smoothing, "softcap": softcap}
+            # Not cut_cross_entropy's kernel, which reads on the host which rows have a target.
+            backend = "chunked" if self.is_filled_up else None
+            options = {"label_smoothing": self.label_smoothing, "softcap": softcap, "backend": backend}
             states = rows.states if scale == 1 else rows.states * scale
             total = linear_cross_entropy(states.to(weight.dtype), weight, targets, **options)
         elif self.label_smoothing:
@@ -159,5 +180,7 @@ class CausalHead:
                 vocab_size=logits.shape[-1],
                 num_items_in_batch=self.items,
             )
-        items = len(targets) if self.items is None else self.items
+        items = self.items
+        if items is None:
+            items = (targets != NO_LABEL).sum() if self.is_filled_up else len(targets)
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)

@@ -5,7 +5,7 @@ All of it happens on the host, in NumPy.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Packing:
         left_padded: some sentence does not begin in the first column.
         position_ids: (T,) int64, the positions that the caller gave; None: none.
         labelled: ascending, the packed tokens with a next-token label; None: nobody has looked.
+        max_labels: of a batch that was filled up to a shape: the labels that its plan has room for. None: its shape is
+            its own, and so is its plan's.
     """
 
     index: np.ndarray
@@ -42,6 +44,7 @@ class Packing:
     left_padded: bool = False
     position_ids: np.ndarray | None = None
     labelled: np.ndarray | None = None
+    max_labels: int | None = None
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int]) -> "Packing":
@@ -49,6 +52,19 @@ class Packing:
         bounds = np.cumsum([0, *lengths], dtype=np.int32)
         places = np.arange(bounds[-1])
         return cls(places, bounds, places - np.repeat(bounds[:-1], lengths), (1, len(places)))
+
+    @classmethod
+    def filled_up(cls, lengths: Sequence[int], tokens: int, samples: int, max_labels: int) -> "Packing":
+        """As `of_lengths`, with padding up to a number of tokens: `samples` + 1 segments, whatever there is of either.
+
+        Padding is spread over the segments that no sample takes: one long segment would cost the square in attention.
+        Each of its tokens is at position 0: no table is too short for it.
+        """
+        padding, places = tokens - sum(lengths), samples + 1 - len(lengths)
+        each = np.full(places, padding // places) + (np.arange(places) < padding % places)
+        packing = cls.of_lengths([*lengths, *each])
+        positions = np.where(packing.segment < len(lengths), packing.positions, 0)
+        return replace(packing, positions=positions, max_labels=max_labels)
 
     @classmethod
     def of_batch(
@@ -238,9 +254,30 @@ class Plan:
         index = None if packing.in_place else packing.index
         return cls(positions, packing.cu_seqlens, index=index, prompt_index=prompt_index, **planned)
 
+    @torch.compiler.disable
     def to(self, device: torch.device) -> "Plan":
         """The plan on a device, in one copy that the host does not wait for."""
-        return Plan(**to_device({name: array for name, array in vars(self).items() if array is not None}, device))
+        return self.within(self.pinned(device).to(device, non_blocking=True))
+
+    def pinned(self, device: torch.device) -> Tensor:
+        """Its bytes, on the host, ready to be copied to a device."""
+        data = np.concatenate([np.ascontiguousarray(array).view(np.uint8) for array in self._arrays().values()])
+        return torch.tensor(data, device="cpu", pin_memory=device.type == "cuda")
+
+    def within(self, data: Tensor) -> "Plan":
+        """The plan in tensors that are parts of `data`, its bytes on a device."""
+        arrays = self._arrays()
+        parts = zip(arrays.items(), data.split([array.nbytes for array in arrays.values()]), strict=True)
+        return Plan(**{name: part.view(getattr(torch, array.dtype.name)) for (name, array), part in parts})
+
+    @property
+    def shapes(self) -> tuple:
+        """Of its arrays, with their names and types."""
+        return tuple((name, array.shape, array.dtype.name) for name, array in self._arrays().items())
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {name: array for name, array in vars(self).items() if array is not None}
+        return dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))  # each begins where its type may
 
 
 def _positions(packing: Packing, geometry: Geometry, offset: int) -> np.ndarray:
@@ -282,19 +319,6 @@ def read(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
         parts = np.split(torch.cat(flat).cpu().numpy(), np.cumsum([len(x) for x in flat])[:-1])
         values |= {name: part.reshape(x.shape) for (name, x), part in zip(here.items(), parts, strict=True)}
     return values
-
-
-@torch.compiler.disable
-def to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Arrays (N,) of integers, brought to a device in one copy that the host does not wait for."""
-    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))  # each begins where its type may
-    data = np.concatenate([np.ascontiguousarray(array).view(np.uint8) for array in arrays.values()])
-    pinned = torch.tensor(data, device="cpu", pin_memory=device.type == "cuda")
-    parts = pinned.to(device, non_blocking=True).split([array.nbytes for array in arrays.values()])
-    return {
-        name: part.view(getattr(torch, array.dtype.name))
-        for (name, array), part in zip(arrays.items(), parts, strict=True)
-    }
 
 
 def _follows(row: np.ndarray) -> np.ndarray:

@@ -1,0 +1,277 @@
+"""Steps as CUDA graphs: forward and backward of batches of one shape, recorded once and then replayed.
+
+Not `torch.cuda.make_graphed_callables`: the gradients it returns are the graph's own memory, which autograd makes a
+parameter's `.grad`, and the next replay writes over what was accumulated there.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastprompt.ops._autograd import once_differentiable
+
+from .layout import Plan
+
+DEVICES = ("cuda",)
+WARM_UPS = 3  # kernels are compiled and libraries begin in the first, as they could not in a capture
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_OF_MODELS = WeakKeyDictionary()  # not in the model: copies of it have memory of their own
+
+
+def serves(model: nn.Module, inputs: dict, is_filled_up: bool) -> bool:
+    """Whether a pass over these inputs is to be a graph, as far as can be told from them."""
+    device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
+    if device.type not in DEVICES or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if not is_filled_up and model.training:
+        _warn("its batch has no fixed shape, as PackingCollator gives it with max_tokens")
+    return is_filled_up
+
+
+def run(
+    model: nn.Module,
+    function: Callable[[Any, Plan], Any],
+    batch: Any,
+    plan: Plan,
+    constants: tuple,
+    adapters: nn.Module | None = None,
+) -> tuple[Any] | None:
+    """What `function(batch, plan on the device)` returns, in a tuple, from a graph; None where there can be none.
+
+    Args:
+        model: whose parameters the function reads, where they are.
+        function: from the same shapes it makes the same launches. Its output is a tree.
+        batch: a tree of tensors, and of what else is the same whenever a graph is replayed.
+        plan: on the host.
+        constants: hashable, what else the launches depend on.
+        adapters: the other module with parameters.
+    """
+    leaves, tree = tree_flatten(batch)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    look, device = _Look(x for x in (model, adapters) if x is not None), tensors[0].device
+    if look.why_not is not None:
+        return _warn(look.why_not)
+    if not look.trained and not any(x.requires_grad for x in tensors):
+        return None
+    steps = _OF_MODELS.setdefault(model, _Steps())
+    if look.places != steps.places:  # parameters that have moved: graphs read them where they were
+        steps.places, steps.known = look.places, {}
+    kinds = tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves)
+    key = kinds, repr(tree), plan.shapes, constants, look.modes, *_surroundings(device.type)
+    if key not in steps.known:
+
+        def of_leaves(tensors: Iterable[Tensor], plan: Plan):
+            tensors = iter(tensors)
+            return function(tree_unflatten([next(tensors) if isinstance(x, Tensor) else x for x in leaves], tree), plan)
+
+        steps.known[key] = _Step(of_leaves, tensors, plan, look.trained, device, steps.pool)
+    return (steps.known[key].run(steps, tensors, plan),)
+
+
+class Recorder:
+    """The launches of a function, recorded: all there is of CUDA here."""
+
+    def __init__(self, function: Callable[[], Sequence[Tensor]], pool: tuple) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        # A loader's thread that pins memory meanwhile breaks no capture of this one.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.result = function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    @staticmethod
+    def pool() -> tuple:
+        return torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def warm_up(function: Callable[[], object]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+class _Look:
+    """What there is to know of modules before a step.
+
+    Attributes:
+        trained: their parameters that require a gradient.
+        places: where their tensors lie.
+        modes: what requires a gradient, and what is in training mode.
+        why_not: what keeps a step from being a graph; None: nothing does.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        pending, trained, places, modes, self.why_not = list(modules), {}, [], [], None
+        while pending:
+            module = pending.pop()
+            own = module.__dict__
+            pending += (child for child in own["_modules"].values() if child is not None)
+            modes.append(module.training)
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+                if tensor is None:
+                    continue
+                places.append(tensor.data_ptr())
+                modes.append(tensor.requires_grad)
+                if tensor.requires_grad:
+                    trained[id(tensor)] = tensor
+                if tensor._backward_hooks:
+                    self.why_not = f"a parameter of {type(module).__name__} has a hook"
+            if any(_is_foreign(hook) for name in HOOKS for hook in own[name].values()):
+                self.why_not = f"{type(module).__name__} has a hook, which a graph would not call"
+            if own.get("gradient_checkpointing") and module.training:
+                self.why_not = "gradient checkpointing saves the state of random numbers, which a capture cannot"
+            if own.get("_is_replica"):
+                self.why_not = "replicas of nn.DataParallel are made anew in each step"
+        self.trained, self.places, self.modes = list(trained.values()), tuple(places), tuple(modes)
+
+
+class _Steps:
+    """The steps of one model, which share their memory: of two, the second begins after the first one's backward."""
+
+    def __init__(self) -> None:
+        self.pool, self.places, self.known, self.turn = Recorder.pool(), None, {}, 0
+
+
+class _Step:
+    """Forward and backward of batches of one shape."""
+
+    def __init__(
+        self,
+        function: Callable[[Iterable[Tensor], Plan], Any],
+        tensors: list[Tensor],
+        plan: Plan,
+        trained: list[nn.Parameter],
+        device: torch.device,
+        pool: tuple,
+    ) -> None:
+        # Keys and values of all layers come together, not one by one: those of one kind that want a gradient.
+        kinds: dict = {}
+        for n, x in enumerate(tensors):
+            kinds.setdefault((x.shape, x.dtype) if x.requires_grad and x.ndim else n, []).append(n)
+        self.groups, self.trained = list(kinds.values()), trained
+        given = self._joined(tensors)
+        self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in given]
+        self.data = plan.pinned(device).to(device, non_blocking=True)
+        self._take(given, plan)
+        for x, static in zip(given, self.inputs, strict=True):
+            static.requires_grad_(x.requires_grad)
+        wanted = [x for x in (*self.inputs, *trained) if x.requires_grad]
+
+        def forward() -> list[Tensor]:
+            with _without_autocast_cache(device.type):
+                output = function(self._apart(self.inputs), plan.within(self.data))
+            leaves, self.tree = tree_flatten(output)
+            self.is_tensor = [isinstance(x, Tensor) for x in leaves]
+            self.others = [None if isinstance(x, Tensor) else x for x in leaves]
+            return [x for x in leaves if isinstance(x, Tensor)]
+
+        def backward(outputs: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
+            return list(torch.autograd.grad([x for x in outputs if x.requires_grad], wanted, grads, allow_unused=True))
+
+        def both() -> None:
+            outputs = forward()
+            backward(outputs, [torch.zeros_like(x) for x in outputs if x.requires_grad])
+
+        Recorder.warm_up(both)
+        try:
+            self.forward = Recorder(forward, pool)
+            outputs = self.forward.result
+            self.differentiable = [x.requires_grad for x in outputs]
+            self.grads = [torch.zeros_like(x) for x in outputs if x.requires_grad]
+            self.backward = Recorder(lambda: backward(outputs, self.grads), pool)
+        except RuntimeError as error:
+            raise RuntimeError("the step cannot be captured as a CUDA graph: set cuda_graphs to False") from error
+        self.outputs = [x.detach() for x in outputs]
+        self.forward.result = None  # the graph of autograd has served
+
+    def run(self, steps: _Steps, tensors: list[Tensor], plan: Plan):
+        outputs = iter(_Replay.apply(steps, self, plan, *self._joined(tensors), *self.trained))
+        leaves = zip(self.is_tensor, self.others, strict=True)
+        return tree_unflatten([next(outputs) if is_tensor else other for is_tensor, other in leaves], self.tree)
+
+    def replay_forward(self, tensors: Sequence[Tensor], plan: Plan) -> list[Tensor]:
+        """Outputs that are the caller's to keep."""
+        self._take(tensors[: len(self.inputs)], plan)
+        self.forward.replay()
+        return [x.clone() for x in self.outputs]
+
+    def replay_backward(self, grads: Iterable[Tensor]) -> list[Tensor | None]:
+        """The gradients of inputs and parameters, the caller's to keep."""
+        grads = [x for x, differentiable in zip(grads, self.differentiable, strict=True) if differentiable]
+        for static, x in zip(self.grads, grads, strict=True):
+            static.copy_(x)
+        self.backward.replay()
+        found = [x for x in self.backward.result if x is not None]
+        copies = iter(torch._foreach_mul(found, 1) if found else [])  # one launch for all
+        wanted = iter([None if x is None else next(copies) for x in self.backward.result])
+        return [next(wanted) if x.requires_grad else None for x in (*self.inputs, *self.trained)]
+
+    @torch.no_grad()
+    def _take(self, tensors: Sequence[Tensor], plan: Plan) -> None:
+        self.data.copy_(plan.pinned(self.data.device), non_blocking=True)
+        for static, x in zip(self.inputs, tensors, strict=True):
+            static.copy_(x, non_blocking=True)
+
+    def _joined(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[g[0]] if len(g) == 1 else torch.cat([tensors[n] for n in g]) for g in self.groups]
+
+    def _apart(self, joined: list[Tensor]) -> list[Tensor]:
+        found = {}
+        for group, x in zip(self.groups, joined, strict=True):
+            found |= zip(group, [x] if len(group) == 1 else x.chunk(len(group)), strict=True)
+        return [found[n] for n in range(len(found))]
+
+
+def _differentiate(ctx, *grads: Tensor) -> tuple:
+    if ctx.steps.turn != ctx.turn:
+        raise RuntimeError(
+            "a step as a CUDA graph must have its backward once, before the model's next forward: "
+            "set cuda_graphs to False to keep several"
+        )
+    ctx.steps.turn += 1
+    return None, None, None, *ctx.step.replay_backward(grads)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, steps: _Steps, step: _Step, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        steps.turn += 1
+        ctx.steps, ctx.step, ctx.turn = steps, step, steps.turn
+        outputs = step.replay_forward(tensors, plan)
+        constants = (x for x, differentiable in zip(outputs, step.differentiable, strict=True) if not differentiable)
+        ctx.mark_non_differentiable(*constants)
+        return tuple(outputs)
+
+    backward = staticmethod(once_differentiable("a step as a CUDA graph", _differentiate))
+
+
+def _is_foreign(hook: Callable) -> bool:
+    """Not one of those that launch what adapters do, or gather hidden states: a graph does that, too."""
+    home = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return home.split(".")[0] not in ("fastprompt", "transformers")
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"a step runs without a CUDA graph: {reason}", stacklevel=2)
+
+
+def _surroundings(device_type: str) -> tuple:
+    """What launches depend on beside their inputs."""
+    lowered = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return lowered, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+
+
+def _without_autocast_cache(device_type: str) -> torch.autocast:
+    """As it is, but for its cache of weights: those would be of another pass, in memory that is not the graph's."""
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
