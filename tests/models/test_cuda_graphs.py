@@ -1,11 +1,15 @@
 """Batches filled up to a shape give what the same samples give without, and their steps run as CUDA graphs.
 
-There is no GPU here: what stands in for a graph records the operators that a step dispatches, with the very tensors they
-read and make, and runs them again. What a capture would refuse (a value read on the host, a tensor made of the host's
-numbers) it refuses; a number of the first batch that a graph would go on using shows in the results of the next.
+There is no GPU here: what stands in for a graph records the operators that a step dispatches, with the very tensors
+that they read and make, and runs them again. What a capture would refuse (a value read on the host, a tensor made of
+the host's numbers) it refuses; a number of one batch that a graph would go on using shows in the results of the next.
 """
 
 import copy
+import pickle
+import sys
+import warnings
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -21,8 +25,8 @@ from fastprompt.training import PackingCollator
 
 P, IDS = 3, [1, 0, 1, 1, 0]
 STEPS = (5, 2, 7), (4, 1), (3, 6, 1, 2, 4), (9, 1, 5), (3, 2)  # lengths, of two buckets
-FIXED = PackingCollator(max_tokens=[20, 8], max_samples=5)
-aten = torch.ops.aten
+SHAPES = {"max_tokens": [20, 8], "max_samples": 5}
+READS = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default
 
 
 class Emulated(TorchDispatchMode):
@@ -36,25 +40,20 @@ class Emulated(TorchDispatchMode):
         with self:
             self.result = function()
         Emulated.recorded += 1
-        for *_, output in self.tape:
-            self.poison(output)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is aten._local_scalar_dense.default or (function is aten.lift_fresh.default and args[0].numel()):
+        if function in READS and args[0].numel():
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         output = function(*args, **(kwargs or {}))
         self.tape.append((function, args, kwargs or {}, output))
         return output
 
-    @staticmethod
-    def poison(output) -> None: ...
-
     @torch.no_grad()
     def replay(self) -> None:
         for function, args, kwargs, output in self.tape:
             again = function(*args, **kwargs)
-            pairs = zip(output, again, strict=True) if isinstance(output, (tuple, list)) else [(output, again)]
-            for old, new in pairs:
+            several = isinstance(output, (tuple, list))
+            for old, new in zip(output, again, strict=True) if several else [(output, again)]:
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
@@ -73,6 +72,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Emulated]:
     monkeypatch.setattr(captured, "Recorder", Emulated)
     monkeypatch.setattr(_checks, "_is_readable", lambda _: False)
     monkeypatch.setattr(Emulated, "recorded", 0)
+    warnings.filterwarnings("error", "a step runs without")
     return Emulated
 
 
@@ -84,67 +84,204 @@ def features(lengths, classes: int = VOCABULARY, **more) -> list[dict]:
     ]
 
 
-def model_of(family: str, kind: str, auto: str, **config):
+def batch_of(lengths, classes: int = VOCABULARY) -> dict:
+    return PackingCollator(**SHAPES)(features(lengths, classes))
+
+
+def model_of(
+    family: str, auto: str, kind: str, dtype: torch.dtype = torch.float64, backbone: dict | None = None, **config
+):
+    built = build(family, auto, dtype, **(backbone or {}))
     if kind.startswith("fused"):
         config = peft.PrefixTuningConfig if "prefix" in kind else peft.PromptTuningConfig
-        peft_config = config(task_type="CAUSAL_LM", num_virtual_tokens=P)
-        return fastprompt.fuse(peft.get_peft_model(build(family, auto), peft_config), cuda_graphs=True).double().train()
-    config = PromptConfig(kind, P, init_scale=1.0, **config)
-    model = PromptModel(build(family, auto), config, cuda_graphs=True).double()
+        model = peft.get_peft_model(built, config(task_type="CAUSAL_LM", num_virtual_tokens=P))
+        return fastprompt.fuse(model, cuda_graphs=True).to(dtype).train()
+    model = PromptModel(built, PromptConfig(kind, P, init_scale=1.0, **config), cuda_graphs=True)
     model.add_prompt("cy")
-    return model.train()
+    return model.to(dtype).train()
 
 
-def grads(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def stepped(model, batch: dict, pooled: bool) -> torch.Tensor:
-    output = model(**batch)
-    if not pooled:
-        loss = output.loss
-    else:
-        bounds, hidden = batch["cu_seq_lens_q"], output.last_hidden_state[0]
-        means = [hidden[begin:end].mean(0) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
-        loss = torch.stack(means[: batch["samples"]]).square().sum() if "samples" in batch else 0
+def step(model, batch: dict, **more) -> dict[str, torch.Tensor]:
+    """The loss and the gradients, which add up."""
+    loss = model(**batch, **more).loss
     loss.backward()
-    return loss.detach()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | grads
 
 
-CASES = {
-    "llama prefix": ("llama", "prefix", "AutoModelForCausalLM", {}),
-    "llama prompt": ("llama", "prompt", "AutoModelForCausalLM", {}),
-    "gemma3 prefix": ("gemma3_text", "prefix", "AutoModelForCausalLM", {"adapter_size": 4}),
-    "gemma3 prompt": ("gemma3_text", "prompt", "AutoModelForCausalLM", {"encoder": "mlp"}),
-    "bert prefix": ("bert", "prefix", "AutoModelForTokenClassification", {}),
-    "bert prompt": ("bert", "prompt", "AutoModelForTokenClassification", {}),
-    "fused prefix": ("llama", "fused prefix", "AutoModelForCausalLM", {}),
-    "fused prompt": ("gemma3_text", "fused prompt", "AutoModelForCausalLM", {}),
-}
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_steps_are_those_of_the_batches_own_shapes(case, graphs):
-    family, kind, auto, config = CASES[case]
-    model = model_of(family, kind, auto, **config)
+LM, TAGS = "AutoModelForCausalLM", "AutoModelForTokenClassification"
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "kind", "config"),
+    [
+        ("llama", LM, "prefix", {}),
+        ("llama", LM, "prompt", {"encoder": "mlp"}),
+        ("llama", LM, "fused prefix", {}),
+        ("gemma3_text", LM, "prefix", {"adapter_size": 4}),
+        ("gemma3_text", LM, "prompt", {}),
+        ("gemma3_text", LM, "fused prompt", {}),
+        ("bert", TAGS, "prefix", {}),
+        ("bert", TAGS, "prompt", {}),
+    ],
+)
+def test_steps_are_those_of_the_batches_own_shapes(family, auto, kind, config, graphs):
+    model = model_of(family, auto, kind, **config)
     plain = copy.deepcopy(model)
     plain.cuda_graphs = False
-    filled = copy.deepcopy(plain)
-    losses = []
+    filled, losses, classes = copy.deepcopy(plain), [], 2 if auto == TAGS else VOCABULARY
+    own = {} if "fused" in kind else {"prompt_ids": IDS}
+    separator = {"separator_id": None} if kind == "prompt" else {"separator_id": -100}  # its last row predicts
+    fixed, ragged = PackingCollator(**separator, **SHAPES, max_labels=16), PackingCollator(**separator)
     for n, lengths in enumerate(STEPS):
-        more = {} if "fused" in kind else {"prompt_ids": IDS}
-        given = features(lengths, 2 if family == "bert" else VOCABULARY, **more)
-        found = []
-        for each, collate in ((model, FIXED), (filled, FIXED), (plain, PackingCollator())):
-            if n % 2 == 0:  # two batches accumulate
+        given, found = features(lengths, classes, **own), []
+        more = {"num_items_in_batch": n + 3} if auto == LM and "fused" in kind else {}
+        for each, collate in ((model, fixed), (filled, fixed), (plain, ragged)):
+            if n % 2 == 0:  # two batches add up
                 each.zero_grad()
-            loss = each(**collate(given)).loss
-            loss.backward()
-            found.append({"loss": loss.detach()} | grads(each))
+            found.append(step(each, collate(given), **more))
         losses.append((found[0]["loss"], found[0]["loss"].clone()))
-        assert found[0].keys() == found[1].keys() == found[2].keys()
+        assert same(found[0], found[1]), n
+        assert found[1].keys() == found[2].keys()
         for name, expected in found[2].items():
-            assert torch.equal(found[0][name], found[1][name]), (n, name)
             torch.testing.assert_close(found[1][name], expected, rtol=1e-10, atol=1e-12)
-    assert all(map(torch.equal, *zip(*losses, strict=True)))  # a replay leaves what the last one gave
-    assert graphs.recorded == 4  # two of each bucket
+    assert all(torch.equal(kept, was) for kept, was in losses)
+    assert graphs.recorded == 4  # forward and backward, of each bucket
+
+
+def test_with_the_attention_of_a_gpu(graphs, monkeypatch):
+    _triton = pytest.importorskip("fastprompt.ops._triton")
+    if not _triton.INTERPRETED:
+        pytest.skip("no interpreter")
+    monkeypatch.setattr(sys.modules["fastprompt.ops.prefix_attention"], "_choose", lambda *_: "triton")
+    model, collate = (
+        model_of("llama", LM, "prefix", torch.float32, {"num_hidden_layers": 1}),
+        PackingCollator(max_tokens=6, max_samples=2),
+    )
+    plain = copy.deepcopy(model)
+    plain.cuda_graphs = False
+    for lengths in ((2, 3), (4, 1)):
+        batch = collate(features(lengths))
+        assert same(step(model, batch), step(plain, batch))
+    assert graphs.recorded == 2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_each_replay_draws_dropout_anew(autocast, graphs):
+    backbone = {"attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.3}
+    model = model_of("bert", TAGS, "prefix", torch.float32, backbone, dropout=0.1, encoder="mlp")
+    plain, batch, losses = copy.deepcopy(model), batch_of((5, 2, 7), 2), set()
+    plain.cuda_graphs = False
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        step(model, batch)  # what it takes to record also draws
+        for seed in (0, 1, 2):
+            found = []
+            for each in (model, plain):
+                each.zero_grad()
+                torch.manual_seed(seed)
+                found.append(step(each, batch))
+            assert same(*found)
+            losses.add(found[0]["loss"].item())
+    assert len(losses) == 3 and graphs.recorded == 2
+
+
+def test_states_of_lower_layers_and_hidden_states(graphs):
+    model = model_of("llama", "AutoModel", "prefix", layers=[1, 2])
+    plain = copy.deepcopy(model)
+    plain.cuda_graphs = False
+    for lengths in ((5, 2, 7), (3, 6)):
+        batch = batch_of(lengths)
+        del batch["labels"]
+        states, found = model.lower_states(**batch), []
+        for each in (model, plain):
+            each.zero_grad()
+            output = each(**batch, lower_states=states)
+            output.last_hidden_state.square().sum().backward()
+            found.append({"hidden": output.last_hidden_state.detach(), "grad": each.prompt.weight.grad})
+        assert same(*found)
+        output = model(**batch, output_hidden_states=True)
+        assert all(map(torch.equal, output.hidden_states, plain(**batch, output_hidden_states=True).hidden_states))
+    assert graphs.recorded == 4
+
+
+def test_a_step_has_its_backward_once_before_the_next_forward(graphs):
+    model = model_of("llama", LM, "prefix")
+    one, other = batch_of((5, 2, 7)), batch_of((4, 1))
+    first = model(**one).loss
+    second = model(**other).loss
+    with pytest.raises(RuntimeError, match="must have its backward once, before the model's next forward"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="must have its backward once, before the model's next forward"):
+        second.backward()
+    with pytest.raises(RuntimeError, match="a step as a CUDA graph has no second derivative"):
+        (grad,) = torch.autograd.grad(model(**one).loss, model.prompt.weight, create_graph=True)
+        grad.sum().backward()
+    model(**one)  # nobody wants its backward
+    step(model, one)
+
+
+def test_what_has_changed_is_recorded_anew(graphs):
+    model, batch = model_of("bert", TAGS, "prefix"), batch_of((5, 2, 7), 2)
+    step(model, batch)
+    assert graphs.recorded == 2
+    changes = (
+        lambda: setattr(model.backbone.classifier, "weight", torch.nn.Parameter(model.backbone.classifier.weight * 2)),
+        lambda: model.backbone.eval(),
+        lambda: model.backbone.classifier.requires_grad_(False),
+        lambda: model.freeze_prompt("default"),
+    )
+    for n, change in enumerate(changes):
+        change()
+        model.zero_grad()
+        plain = copy.deepcopy(model)
+        plain.cuda_graphs = False
+        if n < 3:
+            assert same(step(model, batch), step(plain, batch))
+            assert graphs.recorded == 2 * (n + 2)
+    assert torch.equal(model(**batch).loss, plain(**batch).loss)  # nothing trains
+    assert graphs.recorded == 8
+
+
+def test_copies_and_evaluation(graphs):
+    model, batch = model_of("llama", LM, "prefix"), batch_of((5, 2, 7))
+    step(model, batch)
+    with torch.no_grad():
+        model(**batch)
+    assert graphs.recorded == 2
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        model.zero_grad(), other.zero_grad()
+        with torch.no_grad():
+            other.prompt.weight.mul_(2)
+        loss = step(model, batch)["loss"]
+        assert step(other, batch)["loss"] != loss
+        assert torch.equal(step(model, batch)["loss"], loss)
+    assert graphs.recorded == 6
+
+
+def test_what_a_graph_cannot_do_runs_without_and_says_so(graphs, monkeypatch):
+    def warned(batch: dict, reason: str):
+        model.zero_grad(), plain.zero_grad()
+        with pytest.warns(UserWarning, match=f"a step runs without a CUDA graph: {reason}"):
+            assert same(step(model, batch), step(plain, batch))
+        assert graphs.recorded == 0
+
+    model = model_of("llama", LM, "prefix")
+    plain = copy.deepcopy(model)
+    plain.cuda_graphs = False
+    warned(PackingCollator()(features((3, 2))), "its batch has no fixed shape")
+    hook = model.backbone.model.norm.register_forward_hook(lambda *_: None)
+    warned(batch_of((3, 2)), "FusedLlamaRMSNorm has a hook")
+    hook.remove()
+    hook = model.prompt.weight.register_hook(lambda grad: grad)  # outside of the graph
+    model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    warned(batch_of((3, 2)), "gradient checkpointing")
+    model.backbone.gradient_checkpointing_disable()
+    hook.remove()
+    monkeypatch.setattr(type(model.backbone.model.norm), "forward", lambda self, x: x * x.sum().item())
+    with pytest.raises(RuntimeError, match="the step cannot be captured as a CUDA graph: set cuda_graphs to False"):
+        step(model, batch_of((3, 2)))

@@ -247,6 +247,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, steps: _Steps, step: _Step, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         steps.turn += 1
         ctx.steps, ctx.step, ctx.turn = steps, step, steps.turn
+        ctx.save_for_backward(*(x for x in tensors if x.requires_grad))  # a second derivative depends on them
         outputs = step.replay_forward(tensors, plan)
         constants = (x for x, differentiable in zip(outputs, step.differentiable, strict=True) if not differentiable)
         ctx.mark_non_differentiable(*constants)
