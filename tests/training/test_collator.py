@@ -41,6 +41,63 @@ def test_masks_and_labels_of_first_tokens():
     assert torch.equal(got["labels"], got["input_ids"]) and "attention_mask" not in got
 
 
+def test_batches_of_one_shape():
+    collate = PackingCollator(max_tokens=[32, 16, 64], max_samples=6, max_labels=20)
+    shapes = set()
+    for lengths in ((4, 1, 6, 3), (9, 7), (1,), (16,), (2, 2, 3, 1, 1, 2)):
+        given = [{"input_ids": [5] * n, "labels": [7] * n, "prompt_ids": "cy"} for n in lengths]
+        got = collate(given)
+        packing, bounds, tokens = got["packing"], got["cu_seq_lens_q"], sum(lengths)
+        shapes.add(tuple(x.shape if isinstance(x, torch.Tensor) else type(x) for x in got.values()))
+        assert got["input_ids"].shape == (1, 16) == packing.shape and got["max_length_q"] == 16
+        assert got["labels"][0, tokens:].tolist() == [-100] * (16 - tokens)
+        lengths_of = bounds.diff().tolist()
+        assert lengths_of[: len(lengths)] == list(lengths) and len(lengths_of) == 7 == len(got["prompt_ids"])
+        spread = lengths_of[len(lengths) :]
+        assert sum(spread) == 16 - tokens and max(spread) - min(spread) <= 1
+        assert packing.labelled.tolist() == (got["labels"][0] != -100).nonzero().squeeze(1).tolist()
+        assert packing.max_labels == 16 and not packing.positions[tokens:].any()
+    assert len(shapes) == 1
+    assert collate([{"input_ids": [5] * 17}])["packing"].max_labels == 20  # of 32 tokens
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((20, 13), "features must fit into max_tokens, 32, got 33: make the batches smaller"),
+        ((1, 1, 1), "features must fit into max_samples, 2, got 3: make the batches smaller"),
+        ((10, 9), "features must fit into max_labels, 16, got 17: make the batches smaller"),
+    ],
+)
+def test_a_batch_that_does_not_fit(lengths, message):
+    collate = PackingCollator(max_tokens=[32, 8], max_samples=2, max_labels=16)
+    with pytest.raises(ValueError, match=message):
+        collate([{"input_ids": [5] * n, "labels": [7] * n} for n in lengths])
+
+
+def test_more_labels_than_were_announced():
+    model = PromptModel(build("llama", "AutoModelForCausalLM"), PromptConfig("prefix", 3))
+    batch = PackingCollator(max_tokens=8, max_samples=2, max_labels=3)([{"input_ids": [5] * 6}])
+    with pytest.raises(ValueError, match="labels must be at most 3, as max_labels says, got 5"):
+        model(**batch, labels=batch["input_ids"].where(torch.arange(8) < 6, -100))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 8}, "max_tokens and max_samples must be given together, .* got 8, None and None"),
+        ({"max_labels": 8}, "max_tokens and max_samples must be given together, .* got None, None and 8"),
+        ({"max_tokens": [8, 0], "max_samples": 1}, "max_tokens must be a positive integer, got 0"),
+        ({"max_tokens": [], "max_samples": 1}, r"max_tokens must be a positive integer, got \[\]"),
+        ({"max_tokens": 8, "max_samples": True}, "max_samples must be a positive integer, got True"),
+        ({"max_tokens": 8, "max_samples": 1, "max_labels": 1.5}, "max_labels must be a positive integer, got 1.5"),
+    ],
+)
+def test_bad_shapes(options, message):
+    with pytest.raises(ValueError, match=message):
+        PackingCollator(**options)
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_results_are_those_without_the_packing(family, kind):

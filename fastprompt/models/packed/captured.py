@@ -63,7 +63,7 @@ def run(
     if look.places != steps.places:  # parameters that have moved: graphs read them where they were
         steps.places, steps.known = look.places, {}
     kinds = tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves)
-    key = kinds, repr(tree), plan.shapes, constants, look.modes, *_surroundings(device.type)
+    key = kinds, tree, plan.shapes, constants, look.modes, *_surroundings(device.type)
     if key not in steps.known:
 
         def of_leaves(tensors: Iterable[Tensor], plan: Plan):
@@ -71,7 +71,7 @@ def run(
             return function(tree_unflatten([next(tensors) if isinstance(x, Tensor) else x for x in leaves], tree), plan)
 
         steps.known[key] = _Step(of_leaves, tensors, plan, look.trained, device, steps.pool)
-    return (steps.known[key].run(steps, tensors, plan),)
+    return (steps.known[key].run(steps, tensors, look.trained, plan),)
 
 
 class Recorder:
@@ -106,31 +106,35 @@ class _Look:
     Attributes:
         trained: their parameters that require a gradient.
         places: where their tensors lie.
-        modes: what requires a gradient, and what is in training mode.
+        modes: of each module, whether it is in training mode, and the names of its parameters among those.
         why_not: what keeps a step from being a graph; None: nothing does.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         pending, trained, places, modes, self.why_not = list(modules), {}, [], [], None
-        while pending:
+        while pending:  # plain on purpose: it passes a thousand tensors in each step
             module = pending.pop()
             own = module.__dict__
-            pending += (child for child in own["_modules"].values() if child is not None)
-            modes.append(module.training)
-            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if own["_modules"]:
+                pending.extend(child for child in own["_modules"].values() if child is not None)
+            modes.append(own["training"])
+            for name, tensor in own["_parameters"].items():
                 if tensor is None:
                     continue
                 places.append(tensor.data_ptr())
-                modes.append(tensor.requires_grad)
                 if tensor.requires_grad:
+                    modes.append(name)
                     trained[id(tensor)] = tensor
-                if tensor._backward_hooks:
-                    self.why_not = f"a parameter of {type(module).__name__} has a hook"
-            if any(_is_foreign(hook) for name in HOOKS for hook in own[name].values()):
-                self.why_not = f"{type(module).__name__} has a hook, which a graph would not call"
-            if own.get("gradient_checkpointing") and module.training:
+                    if tensor._backward_hooks:
+                        self.why_not = f"a parameter of {type(module).__name__} has a hook"
+            if own["_buffers"]:
+                places.extend(tensor.data_ptr() for tensor in own["_buffers"].values() if tensor is not None)
+            for name in HOOKS:
+                if own[name] and any(map(_is_foreign, own[name].values())):
+                    self.why_not = f"{type(module).__name__} has a hook, which a graph would not call"
+            if own["training"] and own.get("gradient_checkpointing"):
                 self.why_not = "gradient checkpointing saves the state of random numbers, which a capture cannot"
-            if own.get("_is_replica"):
+            if "_is_replica" in own:
                 self.why_not = "replicas of nn.DataParallel are made anew in each step"
         self.trained, self.places, self.modes = list(trained.values()), tuple(places), tuple(modes)
 
@@ -158,13 +162,14 @@ class _Step:
         kinds: dict = {}
         for n, x in enumerate(tensors):
             kinds.setdefault((x.shape, x.dtype) if x.requires_grad and x.ndim else n, []).append(n)
-        self.groups, self.trained = list(kinds.values()), trained
+        self.groups = list(kinds.values())
         given = self._joined(tensors)
         self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in given]
         self.data = plan.pinned(device).to(device, non_blocking=True)
         self._take(given, plan)
         for x, static in zip(given, self.inputs, strict=True):
             static.requires_grad_(x.requires_grad)
+        self.wants = [x.requires_grad for x in (*self.inputs, *trained)]
         wanted = [x for x in (*self.inputs, *trained) if x.requires_grad]
 
         def forward() -> list[Tensor]:
@@ -176,7 +181,9 @@ class _Step:
             return [x for x in leaves if isinstance(x, Tensor)]
 
         def backward(outputs: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
-            return list(torch.autograd.grad([x for x in outputs if x.requires_grad], wanted, grads, allow_unused=True))
+            with torch.autocast(device.type, enabled=False):  # as a backward is to be, behind it
+                found = [x for x in outputs if x.requires_grad]
+                return list(torch.autograd.grad(found, wanted, grads, allow_unused=True))
 
         def both() -> None:
             outputs = forward()
@@ -194,8 +201,8 @@ class _Step:
         self.outputs = [x.detach() for x in outputs]
         self.forward.result = None  # the graph of autograd has served
 
-    def run(self, steps: _Steps, tensors: list[Tensor], plan: Plan):
-        outputs = iter(_Replay.apply(steps, self, plan, *self._joined(tensors), *self.trained))
+    def run(self, steps: _Steps, tensors: list[Tensor], trained: list[nn.Parameter], plan: Plan):
+        outputs = iter(_Replay.apply(steps, self, plan, *self._joined(tensors), *trained))
         leaves = zip(self.is_tensor, self.others, strict=True)
         return tree_unflatten([next(outputs) if is_tensor else other for is_tensor, other in leaves], self.tree)
 
@@ -214,7 +221,7 @@ class _Step:
         found = [x for x in self.backward.result if x is not None]
         copies = iter(torch._foreach_mul(found, 1) if found else [])  # one launch for all
         wanted = iter([None if x is None else next(copies) for x in self.backward.result])
-        return [next(wanted) if x.requires_grad else None for x in (*self.inputs, *self.trained)]
+        return [next(wanted) if wants else None for wants in self.wants]
 
     @torch.no_grad()
     def _take(self, tensors: Sequence[Tensor], plan: Plan) -> None:
