@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import KINDS
 from .packed import PackedBackbone, PromptInputs, layout
 from .packed.context import Context, ContextHead
+from .packed.running import RunsPacked, on_host
 
 MULTITASK, CPT = "MULTITASK_PROMPT_TUNING", "CPT"
 FUSED_KINDS = KINDS | {MULTITASK: "prompt", CPT: "prompt"}  # of PEFT's types: what a pass is given
@@ -80,11 +81,12 @@ def fuse(peft_model, *, pools_prompt: bool = True, cuda_graphs: bool = False):
     return peft_model
 
 
-class FusedForward:
+class FusedForward(RunsPacked):
     """What `fuse` puts before a PeftModel's own class."""
 
-    pools_prompt, cuda_graphs = True, False
+    pools_prompt = True
 
+    @on_host
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
         labels, return_logits = kwargs.pop("labels", None), kwargs.pop("return_logits", False)
         shared_ids, label_smoothing = kwargs.pop("shared_prefix_ids", None), kwargs.pop("label_smoothing", 0.0)
@@ -108,6 +110,7 @@ class FusedForward:
             label_smoothing=label_smoothing,
             pools_prompt=self.pools_prompt,
             cuda_graphs=self.cuda_graphs,
+            compile_options=self.compile_options,
             **other_loss,
         )
         return output.to_tuple() if return_dict is False else output

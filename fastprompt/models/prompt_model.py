@@ -11,10 +11,11 @@ from .config import PromptConfig
 from .for_trainers import ForTrainers
 from .generation import evaluating, generate
 from .packed import PackedBackbone, Packing
+from .packed.running import RunsPacked, on_host
 from .prompt_init import chosen_layers
 
 
-class PromptModel(ForTrainers, PromptBank, PreTrainedModel):
+class PromptModel(RunsPacked, ForTrainers, PromptBank, PreTrainedModel):
     """A frozen backbone with a trained prompt, run packed.
 
     It takes the backbone's own inputs and returns the backbone's own outputs, of the original length: prompt rows never
@@ -76,6 +77,7 @@ class PromptModel(ForTrainers, PromptBank, PreTrainedModel):
         spans = "QuestionAnswering" in type(backbone).__name__
         return super().__new__(PromptModelForQuestionAnswering if spans and cls is PromptModel else cls)
 
+    @on_host
     def forward(
         self,
         *,
@@ -140,6 +142,7 @@ class PromptModel(ForTrainers, PromptBank, PreTrainedModel):
             start=None if lower_states is None else (self.first_layer, lower_states),
             pools_prompt=self.prompt_config.pools_prompt,
             cuda_graphs=self.cuda_graphs,
+            compile_options=self.compile_options,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -201,6 +204,7 @@ class PromptModelForQuestionAnswering(PromptModel):
     transformers' Trainer finds out what a model's labels are from the names of its class and of its arguments.
     """
 
+    @on_host
     def forward(
         self,
         *,

@@ -189,22 +189,26 @@ def test_each_replay_draws_dropout_anew(autocast, graphs):
     assert len(losses) == 3 and graphs.recorded == 2
 
 
-def test_states_of_lower_layers_and_hidden_states(graphs):
-    model = model_of("llama", "AutoModel", "prefix", layers=[1, 2])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_states_pools_and_hidden_states(family, graphs):
+    model = model_of(family, "AutoModel", "prefix", layers=[1, 2])
     plain = copy.deepcopy(model)
     plain.cuda_graphs = False
     for lengths in ((5, 2, 7), (3, 6)):
-        batch = batch_of(lengths)
-        del batch["labels"]
-        states, found = model.lower_states(**batch), []
-        for each in (model, plain):
+        given, found = [{"input_ids": each["input_ids"]} for each in features(lengths)], []
+        fixed, ragged = PackingCollator(**SHAPES)(given), PackingCollator()(given)
+        for each, batch in ((model, fixed), (plain, fixed), (plain, ragged)):
             each.zero_grad()
-            output = each(**batch, lower_states=states)
-            output.last_hidden_state.square().sum().backward()
-            found.append({"hidden": output.last_hidden_state.detach(), "grad": each.prompt.weight.grad})
-        assert same(*found)
-        output = model(**batch, output_hidden_states=True)
-        assert all(map(torch.equal, output.hidden_states, plain(**batch, output_hidden_states=True).hidden_states))
+            output = each(**batch, lower_states=each.lower_states(**batch))
+            hidden = output.last_hidden_state[0, : sum(lengths)]
+            pooled = output.get("pooler_output", hidden)[: len(lengths)]
+            (hidden.square().sum() + pooled.sum()).backward()
+            found.append({"hidden": hidden.detach(), "pooled": pooled.detach(), "grad": each.prompt.weight.grad})
+        assert same(*found[:2])
+        for name, expected in found[2].items():
+            torch.testing.assert_close(found[1][name], expected, rtol=1e-10, atol=1e-12)
+        output = model(**fixed, output_hidden_states=True)
+        assert all(map(torch.equal, output.hidden_states, plain(**fixed, output_hidden_states=True).hidden_states))
     assert graphs.recorded == 4
 
 

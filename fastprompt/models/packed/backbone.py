@@ -98,6 +98,7 @@ class PackedBackbone:
         pools_prompt: bool = False,
         make_head: Callable[..., CausalHead] = CausalHead,
         cuda_graphs: bool = False,
+        compile_options: dict | None = None,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
 
@@ -112,7 +113,7 @@ class PackedBackbone:
                 and lower layers, which must have no prompt, are left out.
             pools_prompt: heads of encoders that read the first row read the prompt's, as in PEFT, not the text's.
             make_head: of a causal language model, with another loss than its own.
-            cuda_graphs: a step on a GPU whose batch was filled up to a shape runs as a graph.
+            cuda_graphs, compile_options: as of `RunsPacked`.
 
         Raises:
             ValueError, IndexError: what a packed pass cannot serve, or prompts that do not fit.
@@ -152,7 +153,7 @@ class PackedBackbone:
 
         def run(batch: Batch, plan: Plan | None = None):
             with self._stand_in(range(layer), batch.states):
-                return forward_of(batch).run(self.model, batch.inputs, plan)
+                return forward_of(batch).run(self.model, batch.inputs, plan, compile_options)
 
         prompts = prompt_inputs.prefix, prompt_inputs.prompt, prompt_inputs.shared_ids
         batch, found = Batch(inputs, labels, items, *prompts, states), None
@@ -160,7 +161,16 @@ class PackedBackbone:
         if cuda_graphs and own_loss and captured.serves(self.model, inputs, is_filled_up):
             batch = batch if items is None else batch._replace(items=torch.as_tensor(items))  # another in each step
             window, adapters = prompt_inputs.prefix_in_window, prompt_inputs.adapters
-            constants = packing.shape, all_logits, label_smoothing, layer, window, replaces_first, pools_prompt
+            constants = (
+                repr(compile_options),
+                packing.shape,
+                all_logits,
+                label_smoothing,
+                layer,
+                window,
+                replaces_first,
+                pools_prompt,
+            )
             found = captured.run(self.model, run, batch, forward_of(batch).plan, constants, adapters)
         return run(batch) if found is None else found[0]
 

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .head import CausalHead
 from .inputs import PromptInputs
 from .layout import Packing, Plan
 from .passes import PackedPass
+from .running import compiled
 from .weights import has_plain_weight
 
 # The stock arguments that a packed pass replaces. What else a head hands to its base model is passed on.
@@ -67,16 +68,19 @@ class PackedForward:
         of_head = {} if head is None else head.planned(packing, rows.leading, index)
         self.plan = Plan.of(packing, rows, geometry, index, pools, of_head)
 
-    def run(self, model: nn.Module, inputs: dict, plan: Plan | None = None):
+    def run(self, model: nn.Module, inputs: dict, plan: Plan | None = None, compile_options: dict | None = None):
         """The output of `model`, which has the base model, for its own keyword arguments, padded.
 
         Args:
             plan: its own, if it is on the device already.
+            compile_options: those that the base model is compiled with; None: it is not.
         """
         # Not hooks: replicas of a model share the dictionaries that hooks are kept in, and run at the same time.
         base, head = self.base, self.head
         forward, own = base.forward, base.__dict__.get("forward")
         head_rows = None
+        if compile_options is not None and own is None:
+            forward = partial(compiled(type(base).forward, compile_options), base)
         if head is not None:
             head.check()
 

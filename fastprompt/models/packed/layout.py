@@ -206,7 +206,6 @@ class Plan:
     ends: np.ndarray | Tensor | None = None
 
     @classmethod
-    @torch.compiler.disable
     def of(
         cls,
         packing: Packing,
@@ -254,7 +253,6 @@ class Plan:
         index = None if packing.in_place else packing.index
         return cls(positions, packing.cu_seqlens, index=index, prompt_index=prompt_index, **planned)
 
-    @torch.compiler.disable
     def to(self, device: torch.device) -> "Plan":
         """The plan on a device, in one copy that the host does not wait for."""
         return self.within(self.pinned(device).to(device, non_blocking=True))
@@ -307,7 +305,6 @@ def _positions(packing: Packing, geometry: Geometry, offset: int) -> np.ndarray:
     return positions + offset
 
 
-@torch.compiler.disable
 def read(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """The values of tensors of integers or booleans: the one place where a step waits for its device, once for all."""
     values = {}
