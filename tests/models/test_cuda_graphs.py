@@ -289,3 +289,22 @@ def test_what_a_graph_cannot_do_runs_without_and_says_so(graphs, monkeypatch):
     monkeypatch.setattr(type(model.backbone.model.norm), "forward", lambda self, x: x * x.sum().item())
     with pytest.raises(RuntimeError, match="the step cannot be captured as a CUDA graph: set cuda_graphs to False"):
         step(model, batch_of((3, 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.parametrize(("family", "auto"), [("llama", LM), ("gemma3_text", LM), ("bert", TAGS)])
+def test_on_a_gpu(family, auto, kind):
+    warnings.filterwarnings("error", "a step runs without")
+    model = model_of(family, auto, kind, torch.float32, encoder="mlp").cuda()
+    plain = copy.deepcopy(model)
+    plain.cuda_graphs = False
+    for n, lengths in enumerate(STEPS):
+        batch = batch_of(lengths, 2 if auto == TAGS else VOCABULARY)
+        batch = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        if n % 2 == 0:
+            model.zero_grad(), plain.zero_grad()
+        found, expected = step(model, batch), step(plain, batch)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():  # what is added up atomically has no order
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
