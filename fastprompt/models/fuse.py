@@ -138,7 +138,7 @@ class FusedForward(RunsPacked):
             wrong = found[(found < 0) | (found >= config.num_tasks)]
             if len(wrong):
                 raise IndexError(f"task_ids must be in [0, {config.num_tasks}), got {wrong[0]}")
-            batch = {"batch_size": len(found)} | layout.to_device({"task_ids": found}, device)
+            batch = {"batch_size": len(found)} | {"task_ids": layout.tensor_on(found, device)}
         encoded = self.get_prompt(**batch)
         if kind == "prefix":
             encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}

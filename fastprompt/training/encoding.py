@@ -14,6 +14,7 @@ from fastprompt._extras import require
 from fastprompt._files import cache_folder
 from fastprompt.models import PromptModel
 from fastprompt.models.packed import PackedBackbone
+from fastprompt.models.packed.layout import tensor_on
 
 from .cache import cached
 
@@ -113,12 +114,6 @@ def without_end(tokenizer: Callable, texts: Sequence[str]) -> list[list[int]]:
         after = next((n for n, each in enumerate(reversed(special)) if not each), 0)
         found.append(list(ids[: len(ids) - after]))
     return found
-
-
-def tensor_on(values: Sequence, device: str | torch.device) -> Tensor:
-    """A tensor of numbers, brought to a device by a copy that the host does not wait for."""
-    pinned = torch.device(device).type == "cuda"
-    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 def batch_of(sentences: Sequence[list[int]], device: str | torch.device) -> dict[str, Tensor]:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from fastprompt.models.generation import evaluating, generate
 from fastprompt.models.methods import AdaptedBackbone
+from fastprompt.models.packed.layout import tensor_on
 from fastprompt.ops import linear_cross_entropy
 from fastprompt.tasks.metrics import answer_scores
 from fastprompt.tasks.squad import Question
 
-from .encoding import batch_of, tensor_on, without_end
+from .encoding import batch_of, without_end
 from .tasks import Item, Task
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from fastprompt.models import PromptModel
+from fastprompt.models.packed.layout import tensor_on
 from fastprompt.tasks.parallel import Pair
 from fastprompt.tasks.retrieval import firsts, sentence_groups
 
 from .config import TrainingConfig
-from .encoding import Digest, lower_states, teacher_vectors, tensor_on, tokenize
+from .encoding import Digest, lower_states, teacher_vectors, tokenize
 from .learner import Learner
 from .metrics import Metrics
 from .run import Run

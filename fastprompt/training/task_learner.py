@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from fastprompt._files import read_tensors, write_tensors
 from fastprompt.models.methods import AdaptedBackbone, keep_layers
+from fastprompt.models.packed.layout import tensor_on
 from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
 
-from .encoding import tensor_on, tokenize
+from .encoding import tokenize
 from .generated import GeneratedAnswers
 from .task_config import RETRIEVAL, TaskConfig
 from .tasks import Aligned, Item, PairClassification, Retrieval, SpanAnswers, Task, Verbaliser, inputs_of

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprompt.models.packed.layout import tensor_on
 from fastprompt.nn import AlignmentLoss
 from fastprompt.nn.pooling import pool
 from fastprompt.tasks.metrics import accuracy, answer_scores
@@ -17,7 +18,7 @@ from fastprompt.tasks.retrieval import retrieval_scores, sentence_groups
 from fastprompt.tasks.squad import Question
 from fastprompt.tasks.windows import Window, best_answers, windows
 
-from .encoding import batch_of, tensor_on, was_cut, without_end
+from .encoding import batch_of, was_cut, without_end
 
 SENTENCES = 5  # of a context made for the alignment
 

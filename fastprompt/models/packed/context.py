@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .head import CausalHead, HeadRows
-from .layout import NO_LABEL, Packing, Plan, to_device
+from .layout import NO_LABEL, Packing, Plan, tensor_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +38,10 @@ class Context:
         """
         if types is not None and types.shape != labels.shape:
             raise ValueError(f"input_type_mask must be {tuple(labels.shape)}, as labels, got {tuple(types.shape)}")
-        arrays = {"ids": np.array(prompt_ids), "types": np.array(prompt_types)}
-        prompt = to_device(arrays, labels.device)
+        ids_of_prompt, types_of_prompt = tensor_on([prompt_ids, prompt_types], labels.device)
         types = torch.full_like(labels, 4) if types is None else types.to(labels)
         types = torch.where(types > 0, types + max(prompt_types), types)
-        types = torch.cat([prompt["types"].expand(len(types), -1), types], 1)  # (B, P+L)
+        types = torch.cat([types_of_prompt.expand(len(types), -1), types], 1)  # (B, P+L)
         is_label = (types > 0) & (types % 4 == 0)
         is_label[:, 0] = False  # nothing predicts it
         # How many later examples there are.
@@ -52,7 +51,7 @@ class Context:
         first = len(prompt_ids)
         return cls(
             labels.masked_fill(~is_label[:, first:], NO_LABEL),
-            prompt["ids"].masked_fill(~is_label[0, :first], NO_LABEL)[1:],
+            ids_of_prompt.masked_fill(~is_label[0, :first], NO_LABEL)[1:],
             decay**weights,
         )
 

@@ -318,6 +318,12 @@ def read(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return values
 
 
+def tensor_on(values: Sequence | np.ndarray, device: str | torch.device) -> Tensor:
+    """A tensor of numbers, brought to a device by a copy that the host does not wait for."""
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(values, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
+
+
 def _follows(row: np.ndarray) -> np.ndarray:
     """(T,) whether the token before each is of the same row of the batch."""
     same = row == np.roll(row, 1)
