@@ -39,8 +39,9 @@ class PromptModel(RunsPacked, ForTrainers, PromptBank, PreTrainedModel):
         cuda_graphs: training steps on a GPU run as CUDA graphs, forward and backward, if their batches have a fixed
             shape: those of a `fastprompt.training.PackingCollator` with max_tokens. Others, and what a graph cannot do
             (hooks in the backbone, gradient checkpointing; a warning says so), run as without. A graph is recorded at
-            the first batch of each shape. Its memory is used again by the next forward of the model: a loss must have
-            its backward before that, and once.
+            the first batch of each shape and number of prompts, and goes on with the dropout rates that the backbone
+            has then. Its memory is used again by the model's next forward: a loss must have its backward before that,
+            and once.
 
     Attributes:
         cuda_graphs: as given; it may be set at any time.

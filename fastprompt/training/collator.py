@@ -31,8 +31,9 @@ class PackingCollator:
         ([[5, 6, 7, 8, 9]], [[-100, 6, 7, -100, 9]], [0, 3, 5])
 
     With `max_tokens` and `max_samples` all batches of a bucket have one shape, so that a step on a GPU can be a CUDA
-    graph (see `cuda_graphs` of `PromptModel`). Tokens that fill the row up have no label, and are samples of their own:
-    they share the places that the batch's samples leave free, and one more. Their prompt_ids are the first sample's.
+    graph (see `cuda_graphs` of `PromptModel`). Tokens that fill the row up have no label, stand at position 0, and are
+    samples of their own: they share the places that the batch's samples leave free, and one more. Their prompt_ids are
+    the first sample's.
 
     Example:
         >>> collate = PackingCollator(max_tokens=[4, 8], max_samples=2)

@@ -24,7 +24,7 @@ from fastprompt.ops import _checks
 from fastprompt.training import PackingCollator
 
 P, IDS = 3, [1, 0, 1, 1, 0]
-STEPS = (5, 2, 7), (4, 1), (3, 6, 1, 2, 4), (9, 1, 5), (3, 2)  # lengths, of two buckets
+STEPS = (5, 2, 7), (4, 1), (3, 6, 1, 2, 4), (9, 1, 5), (3, 2), (6,), (7,)  # lengths, of two buckets
 SHAPES = {"max_tokens": [20, 8], "max_samples": 5}
 READS = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default
 
@@ -34,7 +34,7 @@ class Emulated(TorchDispatchMode):
 
     recorded = 0
 
-    def __init__(self, function, pool) -> None:
+    def __init__(self, function, stream, pool) -> None:
         super().__init__()
         self.tape = []
         with self:
@@ -58,11 +58,11 @@ class Emulated(TorchDispatchMode):
                     old.copy_(new)
 
     @staticmethod
-    def pool() -> tuple:
-        return ()
+    def begin(device) -> tuple:
+        return None, ()
 
     @staticmethod
-    def warm_up(function) -> None:
+    def warm_up(function, stream) -> None:
         function()
 
 
@@ -134,10 +134,11 @@ def test_steps_are_those_of_the_batches_own_shapes(family, auto, kind, config, g
     plain = copy.deepcopy(model)
     plain.cuda_graphs = False
     filled, losses, classes = copy.deepcopy(plain), [], 2 if auto == TAGS else VOCABULARY
-    own = {} if "fused" in kind else {"prompt_ids": IDS}
     separator = {"separator_id": None} if kind == "prompt" else {"separator_id": -100}  # its last row predicts
     fixed, ragged = PackingCollator(**separator, **SHAPES, max_labels=16), PackingCollator(**separator)
     for n, lengths in enumerate(STEPS):
+        # Of two prompts, at last each alone: one graph for both.
+        own = {} if "fused" in kind else {"prompt_ids": [i ^ n % 2 for i in IDS]}
         given, found = features(lengths, classes, **own), []
         more = {"num_items_in_batch": n + 3} if auto == LM and "fused" in kind else {}
         for each, collate in ((model, fixed), (filled, fixed), (plain, ragged)):
@@ -150,7 +151,7 @@ def test_steps_are_those_of_the_batches_own_shapes(family, auto, kind, config, g
         for name, expected in found[2].items():
             torch.testing.assert_close(found[1][name], expected, rtol=1e-10, atol=1e-12)
     assert all(torch.equal(kept, was) for kept, was in losses)
-    assert graphs.recorded == 4  # forward and backward, of each bucket
+    assert graphs.recorded == 4 + 2 * bool(own)  # forward and backward, of each bucket and number of prompts
 
 
 def test_with_the_attention_of_a_gpu(graphs, monkeypatch):

@@ -59,9 +59,9 @@ def run(
         return _warn(look.why_not)
     if not look.trained and not any(x.requires_grad for x in tensors):
         return None
-    steps = _OF_MODELS.setdefault(model, _Steps())
-    if look.places != steps.places:  # parameters that have moved: graphs read them where they were
-        steps.places, steps.known = look.places, {}
+    steps = _OF_MODELS.get(model)
+    if steps is None or look.places != steps.places:  # graphs read parameters where they were
+        steps = _OF_MODELS[model] = _Steps(device, look.places)
     kinds = tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves)
     key = kinds, tree, plan.shapes, constants, look.modes, *_surroundings(device.type)
     if key not in steps.known:
@@ -70,34 +70,41 @@ def run(
             tensors = iter(tensors)
             return function(tree_unflatten([next(tensors) if isinstance(x, Tensor) else x for x in leaves], tree), plan)
 
-        steps.known[key] = _Step(of_leaves, tensors, plan, look.trained, device, steps.pool)
+        steps.known[key] = _Step(of_leaves, tensors, plan, look.trained, steps)
     return (steps.known[key].run(steps, tensors, look.trained, plan),)
 
 
 class Recorder:
-    """The launches of a function, recorded: all there is of CUDA here."""
+    """The launches of a function, recorded: all there is of CUDA here.
 
-    def __init__(self, function: Callable[[], Sequence[Tensor]], pool: tuple) -> None:
+    Args:
+        function: what is run for it.
+        stream, pool: on which, and whose memory it takes.
+    """
+
+    def __init__(self, function: Callable[[], Sequence[Tensor]], stream: torch.cuda.Stream, pool: tuple) -> None:
         self.graph = torch.cuda.CUDAGraph()
         # A loader's thread that pins memory meanwhile breaks no capture of this one.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        options = {"stream": stream, "pool": pool, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(stream.device), torch.cuda.graph(self.graph, **options):
             self.result = function()
 
     def replay(self) -> None:
         self.graph.replay()
 
     @staticmethod
-    def pool() -> tuple:
-        return torch.cuda.graph_pool_handle()
+    def begin(device: torch.device) -> tuple[torch.cuda.Stream, tuple]:
+        """A stream and a pool."""
+        return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     @staticmethod
-    def warm_up(function: Callable[[], object]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
 
 
 class _Look:
@@ -142,8 +149,9 @@ class _Look:
 class _Steps:
     """The steps of one model, which share their memory: of two, the second begins after the first one's backward."""
 
-    def __init__(self) -> None:
-        self.pool, self.places, self.known, self.turn = Recorder.pool(), None, {}, 0
+    def __init__(self, device: torch.device, places: tuple) -> None:
+        self.device, self.places, self.known, self.turn = device, places, {}, 0
+        self.stream, self.pool = Recorder.begin(device)
 
 
 class _Step:
@@ -155,14 +163,13 @@ class _Step:
         tensors: list[Tensor],
         plan: Plan,
         trained: list[nn.Parameter],
-        device: torch.device,
-        pool: tuple,
+        steps: _Steps,
     ) -> None:
         # Keys and values of all layers come together, not one by one: those of one kind that want a gradient.
         kinds: dict = {}
         for n, x in enumerate(tensors):
             kinds.setdefault((x.shape, x.dtype) if x.requires_grad and x.ndim else n, []).append(n)
-        self.groups = list(kinds.values())
+        self.groups, device = list(kinds.values()), steps.device
         given = self._joined(tensors)
         self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in given]
         self.data = plan.pinned(device).to(device, non_blocking=True)
@@ -189,13 +196,13 @@ class _Step:
             outputs = forward()
             backward(outputs, [torch.zeros_like(x) for x in outputs if x.requires_grad])
 
-        Recorder.warm_up(both)
+        Recorder.warm_up(both, steps.stream)
         try:
-            self.forward = Recorder(forward, pool)
+            self.forward = Recorder(forward, steps.stream, steps.pool)
             outputs = self.forward.result
             self.differentiable = [x.requires_grad for x in outputs]
             self.grads = [torch.zeros_like(x) for x in outputs if x.requires_grad]
-            self.backward = Recorder(lambda: backward(outputs, self.grads), pool)
+            self.backward = Recorder(lambda: backward(outputs, self.grads), steps.stream, steps.pool)
         except RuntimeError as error:
             raise RuntimeError("the step cannot be captured as a CUDA graph: set cuda_graphs to False") from error
         self.outputs = [x.detach() for x in outputs]
