@@ -185,13 +185,7 @@ class PromptBank(nn.Module):
         return {name: self.backbone.get_parameter(name) for name in self._head}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json`, `adapter_model.safetensors` (both PEFT's) and `fastprompt_config.json`.
-
-        With an encoder, PEFT's file holds what it makes, and `encoder.safetensors` beside it what trains; adapters go
-        into `adapters.safetensors`. Prompts other than the default go into subfolders of their names, as adapters do in
-        PEFT; each is whole. What else of the backbone trains, was loaded with a prompt, or was added to it (as by
-        `resize_token_embeddings`) goes into PEFT's file as well.
-        """
+        """Write all prompts, and what goes with them: see `PromptModel.save_pretrained`."""
         directory = Path(directory)
         for name in self.other_prompts:
             self.save_prompt(name, directory / name)

@@ -61,6 +61,11 @@ class ForTrainers:
         """The backbone's."""
         return self.backbone.get_output_embeddings()
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Add tags to those of the model's card."""
+        tags = [tags] if isinstance(tags, str) else tags
+        self.model_tags = [*self.model_tags, *(tag for tag in tags if tag not in self.model_tags)]
+
     def tie_weights(self, *args, **kwargs) -> None:
         """As the backbone's own."""
         self.backbone.tie_weights(*args, **kwargs)

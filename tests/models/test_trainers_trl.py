@@ -1,5 +1,6 @@
 """TRL's SFTTrainer over a PromptModel and a fused PeftModel: its loss is its own, of its own head."""
 
+import copy
 import warnings
 
 import peft
@@ -8,6 +9,8 @@ import torch
 from helpers import VOCABULARY, build, save_backbone
 from test_trainers import MAKERS, model_of, trained
 from torch.nn.functional import cross_entropy
+
+from fastprompt import PromptModel
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -109,6 +112,22 @@ def test_fused_trains_as_unfused(kind, tokenizer, tmp_path):
         got.append((loss, evaluated["eval_loss"], evaluated["eval_mean_token_accuracy"], evaluated["eval_entropy"]))
     assert got[1] == pytest.approx(got[0], rel=1e-4)
     torch.testing.assert_close(trained(fused), trained(stock), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("maker", ["prefix", "fused prompt"])
+def test_checkpoints(maker, tokenizer, tmp_path):
+    """With TRL's defaults, of bfloat16 and checkpointing: what resumes ends where what ran through does."""
+    start, data, ended = model_of(maker), rows(), []
+    for resume in (None, str(tmp_path / "checkpoint-1")):
+        model = copy.deepcopy(start)
+        options = {"bf16": True, "gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 1}
+        trainer(model, data, tokenizer, tmp_path, **options).train(resume_from_checkpoint=resume)
+        ended.append(trained(model))
+    torch.testing.assert_close(*ended)
+    for name, was in trained(start).items():
+        assert (ended[0][name] - was).abs().max() > 0.01
+    assert (tmp_path / "README.md").is_file()
+    assert PromptModel.model_tags == ["fastprompt", "prompt-tuning"], "TRL's are the instance's"
 
 
 @pytest.mark.parametrize("maker", ["prefix", "fused prompt"])
