@@ -22,6 +22,9 @@ GPT |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 SLIDING = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])
 EXPERTS = dict(num_experts_per_tok=2)
 GEMMA = DECODER | dict(head_dim=16, query_pre_attn_scalar=16)
+GEMMA_N = DECODER | dict(head_dim=16, num_hidden_layers=4, num_kv_shared_layers=2, sliding_window=6)
+GEMMA_N |= dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY)
+GEMMA_N |= dict(layer_types=["sliding_attention", "full_attention"] * 2)
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16)
 VISION |= dict(patch_size=8)
 
@@ -65,6 +68,10 @@ FAMILIES = {
         max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, qa_dropout=0.0,
     ),
     "albert": t.AlbertConfig(**ENCODER, embedding_size=32, num_hidden_groups=1, classifier_dropout_prob=0.0),
+    "gemma3n_text": t.Gemma3nTextConfig(
+        **GEMMA_N, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4, final_logit_softcapping=5.0
+    ),
+    "gemma4_text": t.Gemma4TextConfig(**GEMMA_N, per_layer_config={1: {"head_dim": 32}, 3: {"head_dim": 32}}),
 }  # fmt: skip
 
 REFUSED = {
@@ -137,24 +144,33 @@ def results(model: torch.nn.Module, auto: str, inputs: dict) -> dict[str, torch.
     return found
 
 
-def results_alone(model: peft.PeftModel, auto: str, inputs: dict) -> dict[str, torch.Tensor]:
-    """The same of a backbone that is given its prefix by the formula of attention, sentence by sentence."""
-    cache = model.get_prompt(batch_size=1)
-    backbone = model.get_base_model()
-    first = getattr(_position_table(backbone), "padding_idx", None)
-    backbone.set_attn_implementation(FORMULA)
-    found = []
+def results_alone(model: peft.PeftModel, auto: str, inputs: dict, kind: str) -> dict[str, torch.Tensor]:
+    """The same of a backbone that is given its prompt sentence by sentence: a prefix by the formula of attention."""
+    prompt, backbone = model.get_prompt(batch_size=1), model.get_base_model()
+    table = next((m for name, m in backbone.named_modules() if name.endswith("position_embeddings")), None)
+    first = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+    found, losses = [], []
     for ids, mask in zip(*(inputs[name] for name in ("input_ids", "attention_mask")), strict=True):
         ids = ids[mask == 1].unsqueeze(0)
-        positions = torch.arange(ids.shape[1]).unsqueeze(0) + P + (0 if first is None else first + 1)
-        layers = iter(cache.layers)
-        output = backbone(input_ids=ids, position_ids=positions, prefixes=layers)
+        if kind == "prefix":
+            backbone.set_attn_implementation(FORMULA)
+            positions = torch.arange(ids.shape[1]).unsqueeze(0) + P + first
+            output = backbone(input_ids=ids, position_ids=positions, prefixes=iter(prompt.layers))
+        else:
+            rows, base = torch.cat([prompt, backbone.get_input_embeddings()(ids)], 1), backbone.base_model
+            padded = torch.cat([ids.new_full((1, P), PAD), ids], 1)
+            output = backbone(inputs_embeds=rows, per_layer_inputs=base.get_per_layer_inputs(padded))
+        if auto == "AutoModelForCausalLM":
+            losses.append(F.cross_entropy(output.logits[0, P - 1 : -1], ids[0], reduction="none"))
         found.append(_named(output, torch.ones_like(ids, dtype=torch.bool)))
     found = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     if auto == "AutoModelForSequenceClassification":
-        found["loss"] = found["loss alone"] = F.cross_entropy(found["logits"], torch.arange(len(found["logits"])) % 2)
-    _weighted({name: x for name, x in found.items() if name != "loss alone"}).backward()
-    return {name: x.detach() for name, x in found.items()} | {"gradient": _gradient(model)}
+        losses = [F.cross_entropy(found["logits"], torch.arange(len(found["logits"])) % 2).view(1)]
+    if losses:
+        found["loss"] = torch.cat(losses).mean()
+    _weighted(found).backward()
+    found = {name: x.detach() for name, x in found.items()} | {"gradient": _gradient(model)}
+    return found | ({"loss alone": found["loss"]} if losses else {})
 
 
 FORMULA = "formula"
@@ -177,10 +193,6 @@ def formula(module, query, key, value, attention_mask, scaling=None, sliding_win
 t.AttentionInterface.register(FORMULA, formula)
 
 
-def _position_table(backbone: torch.nn.Module) -> torch.nn.Module | None:
-    return next((m for name, m in backbone.named_modules() if name.endswith("position_embeddings")), None)
-
-
 def _named(output, valid: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of an output what is compared, without padding and virtual tokens."""
     length = valid.shape[1]
@@ -200,19 +212,26 @@ def _gradient(model: peft.PeftModel) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.prompt_encoder.parameters()])
 
 
-# PEFT refuses their prefix, or leaves it out without a word.
-NO_PREFIX_IN_PEFT = "modernbert", "eurobert", "distilbert", "albert"
+# What PEFT has no prompt for: it refuses, or leaves out the prefix, or what enters in each layer, without a word.
+NOT_IN_PEFT = {(family, "prefix") for family in ("modernbert", "eurobert", "distilbert", "albert")}
+NOT_IN_PEFT |= {(family, kind) for family in ("gemma3n_text", "gemma4_text") for kind in ("prompt", "p-tuning")}
 
 
 def compared(family: str, auto: str, kind: str, **config) -> dict[str, float]:
-    """The largest relative difference of each result of the fused model from PEFT's, or from the formula's."""
+    """The largest relative difference of each result of the fused model from PEFT's, or sentence by sentence."""
     backbone = build(family, auto, **config)
+    for parameter in backbone.parameters():
+        if parameter.ndim == 1 and not parameter.any():  # biases, and norms with an offset
+            torch.nn.init.normal_(parameter, std=0.3)
     stock = with_prompt(backbone, auto, kind)
     fused = fastprompt.fuse(copy.deepcopy(stock))
     # PEFT's classification heads over decoders pool padding: a batch without any shows the rest.
     pools_padding = auto == "AutoModelForSequenceClassification" and kind != "prefix"
     inputs = batch((6, 6) if pools_padding else (7, 3, 8))
-    alone = kind == "prefix" and family in NO_PREFIX_IN_PEFT
-    expected, got = (results_alone if alone else results)(stock, auto, inputs), results(fused, auto, inputs)
+    if (family, kind) in NOT_IN_PEFT:
+        expected = results_alone(stock, auto, inputs, kind)
+    else:
+        expected = results(stock, auto, inputs)
+    got = results(fused, auto, inputs)
     assert expected.keys() == got.keys(), (expected.keys(), got.keys())
     return {n: float((got[n] - x).abs().max() / x.abs().max().clamp(min=1e-300)) for n, x in expected.items()}

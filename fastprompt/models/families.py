@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Geometry:
     """The numbers a prompt must fit, and where a packed pass finds what it needs.
 
     Attributes:
-        layers, kv_heads, head_dim: shape of one layer's keys and values.
+        layers, kv_heads, head_dim: shape of one layer's keys and values, the widest where they differ.
         hidden: features of an input embedding.
         width: features of what goes from layer to layer.
         first_position: position number of a segment's first row (XLM-R begins after its padding index).
@@ -18,6 +20,9 @@ class Geometry:
             where layers share a module.
         sublayers: of a layer, the module that attends, and those whose outputs are what attention and feed-forward part
             add to the residual stream; None: not known.
+        reads: of each layer, the layer whose keys and values it reads (Gemma 3n and 4: late layers read those of an
+            early one), and their heads and features; None: each its own, all of one shape.
+        per_layer: tokens are looked up once more, for what enters in each layer (Gemma 3n and 4).
     """
 
     layers: int
@@ -30,6 +35,21 @@ class Geometry:
     is_causal: bool
     attends: tuple[str, ...]
     sublayers: tuple[str, str, str] | None
+    reads: tuple[tuple[int, int, int], ...] | None = None
+    per_layer: bool = False
+
+    def spread(self, prefix: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+        """What the layers read of a prefix, keys and values (N, kv_heads, P, head_dim) each.
+
+        A layer reads that of the layer whose keys it reads; a narrower one its first heads and features, as in PEFT.
+        """
+        if self.reads is None:
+            return prefix
+        return {
+            layer: tuple(x[:, :heads, :, :features] for x in prefix[source])
+            for layer, (source, heads, features) in enumerate(self.reads)
+            if source in prefix
+        }
 
     @property
     def shares_modules(self) -> bool:

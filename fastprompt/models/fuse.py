@@ -141,7 +141,8 @@ class FusedForward(RunsPacked):
             batch = {"batch_size": len(found)} | {"task_ids": layout.tensor_on(found, device)}
         encoded = self.get_prompt(**batch)
         if kind == "prefix":
-            encoded = {i: (layer.keys, layer.values) for i, layer in enumerate(encoded.layers)}
+            layers = enumerate(encoded.layers)  # of some PEFT makes none
+            encoded = {i: (layer.keys, layer.values) for i, layer in layers if layer.keys is not None}
         return PromptInputs(
             **{kind: encoded},
             index=index,

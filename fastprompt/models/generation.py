@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .packed import PackedBackbone, PromptInputs
+from .packed.forward import padding_of
 from .packed.passes import GenerationPass, KeysPass
 
 _TEXTS = ("input_ids", "inputs_embeds", "inputs")  # arguments of generate that tell how many texts there are
@@ -38,9 +39,9 @@ def generate(backbone: nn.Module, prompt_inputs: PromptInputs, /, **inputs):
     if index is not None and index.shape != (texts,):
         raise ValueError(f"prompt_ids must be ({texts},), one a text, got {index.shape}")
     with evaluating(backbone):
-        prefix = prompt_inputs.prefix
+        prefix = packed.geometry.spread(prompt_inputs.prefix)
         if prompt_inputs.prompt is not None:
-            prefix = _of_rows(base, prompt_inputs)
+            prefix = _of_rows(packed, prompt_inputs)
         if index is not None and prefix:
             index = torch.tensor(index, device=next(iter(prefix.values()))[0].device)
 
@@ -76,11 +77,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _of_rows(base: nn.Module, prompt_inputs: PromptInputs) -> dict[int, tuple[Tensor, Tensor]]:
+def _of_rows(packed: PackedBackbone, prompt_inputs: PromptInputs) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values that the prompts' rows (N, P, E) have in each layer: no text comes before them."""
-    own = KeysPass(prompt_inputs.adapters)
+    own, base = KeysPass(prompt_inputs.adapters), packed.base
     rows = prompt_inputs.prompt.to(base.get_input_embeddings().weight.dtype)
-    base(inputs_embeds=rows, use_cache=False, fastprompt_pass=own)
+    more = {}
+    if packed.geometry.per_layer:
+        more["per_layer_inputs"] = base.get_decoder().get_per_layer_inputs(padding_of(base, rows))
+    base(inputs_embeds=rows, use_cache=False, fastprompt_pass=own, **more)
     return dict(enumerate(own.found))
 
 

@@ -1,12 +1,14 @@
 """How a prompt begins: its module, and the weight in it."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.nn import LSTMEncoder, MLPEncoder, Prefix, PrefixEncoder, Prompt
 from fastprompt.nn.prompts import join_prefix
 
 from .config import PromptConfig
+from .families import Geometry
 from .packed import PackedBackbone
 from .packed.passes import KeysPass
 from .packed.weights import device_of
@@ -22,6 +24,10 @@ def new_prompt(config: PromptConfig, packed: PackedBackbone) -> Prompt | Prefix:
     if config.kind == "prompt":
         return Prompt(initial, encoder, dropout)
     layers = chosen_layers(config, geometry.layers)
+    sources = range(geometry.layers) if geometry.reads is None else [source for source, *_ in geometry.reads]
+    for layer in layers if config.layers is not None else ():
+        if sources[layer] != layer:
+            raise ValueError(f"layers must have keys of their own, got {layer}, which reads those of {sources[layer]}")
     return Prefix(initial, layers, geometry.kv_heads, geometry.head_dim, encoder, dropout)
 
 
@@ -91,4 +97,10 @@ def _initial(config: PromptConfig, packed: PackedBackbone) -> Tensor:
     packed.base(input_ids=ids.unsqueeze(0), fastprompt_pass=own)
     packed.base.train(was_training)
     layers = [own.found[i] for i in chosen_layers(config, packed.geometry.layers)]
-    return join_prefix([(key[0], value[0]) for key, value in layers]).to(dtype)
+    return join_prefix([tuple(_widened(x[0], packed.geometry) for x in layer) for layer in layers]).to(dtype)
+
+
+def _widened(rows: Tensor, geometry: Geometry) -> Tensor:
+    """Keys (Hkv, P, D) of a narrower layer, with zeros that it does not read."""
+    heads, _, features = rows.shape
+    return F.pad(rows, (0, geometry.head_dim - features, 0, 0, 0, geometry.kv_heads - heads))

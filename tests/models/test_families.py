@@ -52,7 +52,7 @@ def test_a_decoder_made_an_encoder(kind):
         ("gpt_oss", "GptOssAttention hands s_aux to attention, which a packed pass does not know"),
         ("falcon_h1", "a Conv1d, mixes rows outside attention"),
         ("qwen3_next", "of its 4 layers attention was called"),
-        ("deepseek_v3", "its layers have keys and values of several shapes"),
+        ("deepseek_v3", "queries, keys and values of DeepseekV3Attention differ in features"),
     ],
 )
 def test_refused(family, reason):
@@ -71,7 +71,7 @@ def test_a_model_without_a_layer_of_its_class():
         PromptModel(backbone, PromptConfig())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "mistral", "cohere2"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "mistral", "gemma4_text"])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_generate(family, kind):
     """As its own forward says, token by token."""
@@ -95,6 +95,14 @@ def test_a_prefix_begins_as_the_keys_of_words(family):
     again = PromptModel(build(family), PromptConfig(init="text", init_ids=[7, 8], num_virtual_tokens=2))
     first = 2 * 32  # keys and values of the first layer see no other row
     torch.testing.assert_close(again.prompt.weight[:, :first], model.prompt.weight[:2, :first])
+
+
+def test_layers_that_read_the_keys_of_others():
+    with pytest.raises(ValueError, match="layers must have keys of their own, got 3, which reads those of 1"):
+        PromptModel(build("gemma3n_text"), PromptConfig(layers=[0, 3]))
+    model = PromptModel(build("gemma3n_text"), PromptConfig(layers=[1], init_scale=1.0))
+    model(**batch()).last_hidden_state.square().sum().backward()
+    assert model.prompt.weight.grad.any()
 
 
 def test_routers():

@@ -88,7 +88,7 @@ class PackedForward:
             nonlocal plan, head_rows
             stock, others = self._sorted(args, kwargs)
             plan = self.plan.to(_batch_of(stock).device) if plan is None else plan
-            output = forward(**others, **self._pack(stock, plan))
+            output = forward(**others | self._pack(stock, plan))
             hidden = output.last_hidden_state  # (1, R, D)
             self._unpack(output, plan)
             if head is not None:
@@ -141,6 +141,8 @@ class PackedForward:
             packed["inputs_embeds"] = self.states
         elif rows.length:
             packed["inputs_embeds"] = self._embed(stock, plan)
+            if self.geometry.per_layer:
+                packed["per_layer_inputs"] = self._per_layer(stock, plan)
         else:
             packed["input_ids" if batch is stock["input_ids"] else "inputs_embeds"] = _packed(batch, plan)
         packed = {name: tensor.unsqueeze(0) for name, tensor in packed.items()}
@@ -155,7 +157,7 @@ class PackedForward:
         return PackedPass(
             cu_seqlens=bounds if plan.cu_seqlens_rows is None else plan.cu_seqlens_rows,
             is_causal=geometry.is_causal,
-            prefix=given.prefix,
+            prefix=geometry.spread(given.prefix),
             prompt_index=plan.prompt_index,
             nothing=weight.new_empty(
                 *(max(num_prompts, 1), geometry.kv_heads, 0, geometry.head_dim), device=bounds.device
@@ -194,6 +196,17 @@ class PackedForward:
             per_segment=not self.geometry.is_causal,
             scale=scale,
         )
+
+    def _per_layer(self, stock: dict, plan: Plan) -> Tensor:
+        """(R, layers, D'), what of each row enters in each layer: prompt rows are padding there, as images are."""
+        if stock["input_ids"] is None:
+            raise ValueError("inputs_embeds must not be given with a prompt: what enters in each layer is told by ids")
+        given, (num_prompts, _) = self.prompt_inputs, self.prompt_rows.leading
+        leading = [] if given.prompt is None else [padding_of(self.base, given.prompt)]
+        if given.shared_ids is not None:
+            leading.append(given.shared_ids.expand(num_prompts, -1))
+        ids = torch.cat([torch.cat(leading, 1).flatten(), _packed(stock["input_ids"], plan)])
+        return self.base.get_decoder().get_per_layer_inputs(ids)
 
     # -- what comes out of it ------------------------------------------------------------------------------------
 
@@ -235,6 +248,12 @@ def _pooled(base: nn.Module, pooler: nn.Module, firsts: Tensor) -> Tensor:
     if isinstance(pooler, nn.Linear):  # ALBERT's
         return base.pooler_activation(pooler(firsts))
     return pooler(firsts.unsqueeze(1))
+
+
+def padding_of(base: nn.Module, prompt: Tensor) -> Tensor:
+    """(N, P) ids of padding, in the places of the rows (N, P, E) of prompts."""
+    padding = base.config.get_text_config().pad_token_id
+    return torch.full(prompt.shape[:2], 0 if padding is None else padding, device=prompt.device)
 
 
 def _batch_of(stock: dict) -> Tensor:

@@ -51,9 +51,11 @@ class PromptInputs:
     def check(self, geometry: Geometry) -> None:
         """Raise a ValueError or IndexError for what does not fit a backbone."""
         if self.prefix:
-            layer, (key, value) = next(iter(self.prefix.items()))
-            fits = key.ndim == 4 and (key.shape[1], key.shape[3]) == (geometry.kv_heads, geometry.head_dim)
-            if not fits or key.shape != value.shape:
+            widest = geometry.kv_heads, geometry.head_dim
+            for layer, (key, value) in self.prefix.items() if geometry.reads else [next(iter(self.prefix.items()))]:
+                own = widest if geometry.reads is None or layer >= geometry.layers else geometry.reads[layer][1:]
+                if key.shape == value.shape and key.ndim == 4 and (key.shape[1], key.shape[3]) in (widest, own):
+                    continue
                 raise ValueError(
                     f"prefix must have keys and values (N, {geometry.kv_heads}, P, {geometry.head_dim}), as the "
                     f"backbone's, got {tuple(key.shape)} and {tuple(value.shape)} in layer {layer}"

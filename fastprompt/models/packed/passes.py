@@ -79,8 +79,11 @@ class PackedPass:
         if rows and num_prompts == 1 and layer not in self.prefix:
             return prefix_attention(query, key, value, None, None, self.cu_seqlens, prompt_rows=rows, **options)
         index = self.prompt_index if rows or layer in self.prefix else None
+        nothing = self.nothing
+        if nothing.shape[1] != key.shape[1] or nothing.shape[3] != key.shape[2]:  # a layer that is narrower than others
+            nothing = nothing.new_empty(len(nothing), key.shape[1], 0, key.shape[2])
         # It is kept in float32 where the backbone runs in less.
-        prefix = tuple(x.to(key.dtype) for x in self.prefix.get(layer, (self.nothing, self.nothing)))
+        prefix = tuple(x.to(key.dtype) for x in self.prefix.get(layer, (nothing, nothing)))
         if not rows:
             return prefix_attention(query, key, value, *prefix, self.cu_seqlens, prefix_index=index, **options)
         leading, text = slice(None, num_prompts * rows), slice(num_prompts * rows, None)

@@ -66,7 +66,7 @@ def geometry(model: nn.Module) -> Geometry:
 
 @dataclass
 class Rehearsal:
-    """Stands for a pass, and writes down what attention is called with: module, is_causal, and shapes."""
+    """Stands for a pass, and writes down what attention is called with: module, is_causal, query, key and value."""
 
     calls: list[tuple] = field(default_factory=list)
 
@@ -89,7 +89,7 @@ class Rehearsal:
             raise NotServed(f"{type(module).__name__} is handed a mask of the model's own making")
         is_causal = options.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        self.calls.append((module, bool(is_causal), query.shape, key.shape, value.shape))
+        self.calls.append((module, bool(is_causal), query, key, value))
         return query.new_zeros(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
 
 
@@ -165,13 +165,21 @@ def _judged(model: nn.Module, calls: list[tuple], tables: dict[str, nn.Embedding
     names = {module: name for name, module in model.named_modules()}
     attends = tuple(names[module] for module, *_ in calls)
     _check_calls(model, calls, config.num_hidden_layers)
-    shapes = {(key[1], query[3], key[3], value[3]) for _, _, query, key, value in calls}
-    if len(shapes) != 1 or len(set(next(iter(shapes))[1:])) != 1:
-        raise NotServed(f"its layers have keys and values of several shapes (heads and features): {sorted(shapes)}")
-    kv_heads, head_dim, *_ = next(iter(shapes))
+    for module, _, *tensors in calls:
+        features = [x.shape[3] for x in tensors]
+        if len(set(features)) != 1:
+            raise NotServed(f"queries, keys and values of {type(module).__name__} differ in features: {features}")
+    keys = [key for _, _, _, key, _ in calls]
+    sources = [next(n for n, key in enumerate(keys) if key is each) for each in keys]
+    reads = tuple((source, key.shape[1], key.shape[3]) for source, key in zip(sources, keys, strict=True))
+    kv_heads, head_dim = max(((heads, features) for _, heads, features in reads), key=lambda shape: shape[::-1])
+    if any(heads > kv_heads for _, heads, _ in reads):
+        raise NotServed(f"its layers have keys of several shapes, none of them the widest: {sorted(set(reads))}")
+    uniform = reads == tuple((layer, kv_heads, head_dim) for layer in range(len(reads)))
     causal = {is_causal for _, is_causal, *_ in calls}
     if len(causal) != 1:
         raise NotServed("some of its layers are causal and some are not")
+    per_layer = _looks_up_per_layer(model, tables)
     positions, first = _positions(tables)
     _check_pooler(model)
     layer = layer_list(model, attends)[0]
@@ -189,6 +197,8 @@ def _judged(model: nn.Module, calls: list[tuple], tables: dict[str, nn.Embedding
         is_causal=causal.pop(),
         attends=attends,
         sublayers=next((each for each in SUBLAYERS if all(_has(layer, name) for name in each)), None),
+        reads=None if uniform else reads,
+        per_layer=per_layer,
     )
 
 
@@ -202,6 +212,13 @@ def _check_calls(model: nn.Module, calls: list[tuple], layers: int) -> None:
         raise NotServed(f"its layers' {'/'.join(sorted(kinds)) or 'own'} do not call transformers' AttentionInterface")
     numbers = [getattr(module, "layer_idx", None) for module, *_ in calls]
     raise NotServed(f"of its {layers} layers attention was called {dict(called)}, by the numbers {numbers}")
+
+
+def _looks_up_per_layer(model: nn.Module, tables: dict[str, nn.Embedding]) -> bool:
+    """Whether tokens are looked up for each layer as well, in a table that is then left out of `tables`."""
+    if "per_layer_inputs" not in inspect.signature(type(model).forward).parameters:
+        return False
+    return any([tables.pop(name) for name in list(tables) if name.endswith("embed_tokens_per_layer")])
 
 
 def _positions(tables: dict[str, nn.Embedding]) -> tuple[int | None, int]:
