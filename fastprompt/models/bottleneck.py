@@ -23,7 +23,9 @@ class Adapters(nn.ModuleList):
     """
 
     def __init__(self, layers: nn.ModuleList, geometry: Geometry, size: int) -> None:
-        super().__init__(LayerAdapters(geometry.hidden, size) for _ in layers)
+        if geometry.sublayers is None or geometry.shares_modules:
+            raise ValueError("adapter_size must be None: it is not known where adapters go in this backbone's layers")
+        super().__init__(LayerAdapters(geometry.width, size) for _ in layers)
         gate, attention, feed_forward = geometry.sublayers
         for index, layer in enumerate(layers):
             if _is_hooked(layer, attention):

@@ -97,6 +97,46 @@ def test_a_prefix_begins_as_the_keys_of_words(family):
     torch.testing.assert_close(again.prompt.weight[:, :first], model.prompt.weight[:2, :first])
 
 
+@pytest.mark.parametrize(("family", "config"), [("electra", "embedding_size"), ("opt", "word_embed_proj_dim")])
+def test_embeddings_of_another_width(family, config):
+    """A prompt is as wide as they are, and what goes from layer to layer is not. PEFT has only one width."""
+    model = PromptModel(build(family, **{config: 16}), PromptConfig("prompt", 3)).eval()
+    ids = torch.tensor([[7, 8, 9, 10]])
+    rows = torch.cat([model.prompt.weight[None], model.backbone.get_input_embeddings()(ids)], 1)
+    got = model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(got, model.backbone(inputs_embeds=rows).last_hidden_state[:, 3:], rtol=1e-6, atol=1e-6)
+    model = PromptModel(model.backbone, PromptConfig("prefix", 3, layers=[1], init_scale=1.0)).eval()
+    inputs = batch()
+    states = model.lower_states(**inputs)
+    whole, upper = (model(**inputs, **more).last_hidden_state for more in ({}, {"lower_states": states}))
+    torch.testing.assert_close(upper, whole)
+
+
+def test_several_streams():
+    model = PromptModel(build("gemma3n_text"), PromptConfig(layers=[1]))
+    with pytest.raises(ValueError, match="output_hidden_states must not be set: .* several streams"):
+        model(**batch(), output_hidden_states=True)
+    with pytest.raises(ValueError, match="lower_states are of layers that hand on one stream"):
+        model.lower_states(**batch())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "electra", "mixtral", "modernbert", "distilbert"])
+def test_adapters(family):
+    model = PromptModel(build(family), PromptConfig("prefix", 3, adapter_size=4)).eval()
+    inputs = batch()
+    before = model(**inputs).last_hidden_state
+    for parameter in model.adapters.parameters():
+        torch.nn.init.normal_(parameter)
+    after = model(**inputs).last_hidden_state
+    after.square().sum().backward()
+    assert not torch.allclose(before, after) and all(p.grad.any() for p in model.adapters.parameters())
+
+
+def test_adapters_where_their_place_is_not_known():
+    with pytest.raises(ValueError, match="adapter_size must be None: it is not known where adapters go"):
+        PromptModel(build("albert"), PromptConfig("prefix", 3, adapter_size=4))
+
+
 def test_layers_that_read_the_keys_of_others():
     with pytest.raises(ValueError, match="layers must have keys of their own, got 3, which reads those of 1"):
         PromptModel(build("gemma3n_text"), PromptConfig(layers=[0, 3]))

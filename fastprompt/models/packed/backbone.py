@@ -46,6 +46,8 @@ class StandIn(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         if self.states is None:
+            if hidden_states.ndim != 3:
+                raise ValueError("lower_states are of layers that hand on one stream, these hand on several")
             self.states = hidden_states
         return self.states
 

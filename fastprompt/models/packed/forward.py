@@ -138,7 +138,9 @@ class PackedForward:
         if stock["token_type_ids"] is not None:
             packed["token_type_ids"] = self._token_types(stock["token_type_ids"].expand(self.packing.shape), plan)
         if self.states is not None:
-            packed["inputs_embeds"] = self.states
+            # Only its shape matters: the layers' stand-in passes the states on.
+            wide, hidden = self.states, self.geometry.hidden
+            packed["inputs_embeds"] = wide if wide.shape[1] == hidden else wide.new_zeros(len(wide), hidden)
         elif rows.length:
             packed["inputs_embeds"] = self._embed(stock, plan)
             if self.geometry.per_layer:
@@ -214,6 +216,8 @@ class PackedForward:
         """Make of the base model's packed output what a head expects; a causal head's rows are picked elsewhere."""
         hidden = output.last_hidden_state  # (1, R, D)
         if getattr(output, "hidden_states", None) is not None:
+            if any(x.ndim != 3 for x in output.hidden_states):
+                raise ValueError("output_hidden_states must not be set: the layers hand on several streams, not one")
             output.hidden_states = tuple(self._padded(self._tokens(x, plan), plan) for x in output.hidden_states)
         # The row that stands for each segment where one is pooled, (S, D).
         firsts = None if plan.first_rows is None else hidden[0].index_select(0, plan.first_rows)

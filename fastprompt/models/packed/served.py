@@ -103,7 +103,7 @@ def _rehearse(base: nn.Module) -> Geometry:
     try:
         with torch.device("meta"), torch.no_grad():
             model = _without_values(type(base), config)
-            calls, tables = [], _watch_tables(model)
+            calls, tables, widths = [], _watch_tables(model), _watch_widths(model)
             ids, mask = torch.zeros(1, ROWS, dtype=torch.long), torch.ones(1, 1, 1, 1, dtype=torch.bool)
             inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
             if "use_cache" in names:
@@ -116,7 +116,7 @@ def _rehearse(base: nn.Module) -> Geometry:
         raise NotServed(f"{type(base).__name__} does not run on a packed row: {reason}") from error
     if shape[:2] != (1, ROWS):
         raise NotServed(f"{type(base).__name__} makes hidden states {shape} of {ROWS} rows")
-    return _judged(model, calls, tables, shape[-1])
+    return _judged(model, calls, tables, widths)
 
 
 def _without_values(kind: type, config) -> nn.Module:
@@ -155,11 +155,26 @@ def _watch_tables(model: nn.Module) -> dict[str, nn.Embedding]:
     return found
 
 
+def _watch_widths(model: nn.Module) -> dict[nn.Module, int]:
+    """Of modules in lists, the features of what they are handed from now on."""
+    found = {}
+    for each in model.modules():
+        for module in each if isinstance(each, nn.ModuleList) else ():
+            module.register_forward_pre_hook(partial(_found_width, found), with_kwargs=True)
+    return found
+
+
+def _found_width(found: dict[nn.Module, int], module: nn.Module, args: tuple, kwargs: dict) -> None:
+    given = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(given, Tensor):
+        found[module] = given.shape[-1]
+
+
 def _found_table(found: dict[str, nn.Embedding], name: str, table: nn.Embedding, args: tuple) -> None:
     found[name] = table
 
 
-def _judged(model: nn.Module, calls: list[tuple], tables: dict[str, nn.Embedding], width: int) -> Geometry:
+def _judged(model: nn.Module, calls: list[tuple], tables: dict[str, nn.Embedding], widths: dict) -> Geometry:
     """The geometry, if all is as a packed pass needs it."""
     config = model.config.get_text_config()
     names = {module: name for name, module in model.named_modules()}
@@ -191,7 +206,7 @@ def _judged(model: nn.Module, calls: list[tuple], tables: dict[str, nn.Embedding
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden=model.get_input_embeddings().weight.shape[1],
-        width=width,
+        width=widths[layer],
         first_position=first,
         positions=positions,
         is_causal=causal.pop(),
