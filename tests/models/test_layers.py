@@ -10,7 +10,7 @@ import transformers
 from helpers import DECODERS, batch, build
 
 from fastprompt import PromptConfig, PromptModel, _native
-from fastprompt.models.packed.layers import FUSED, fuse_layers
+from fastprompt.models.packed.layers import Fused, FusedAttention, FusedMLP, FusedNorm, fuse_layers
 from fastprompt.ops import _checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,7 +86,7 @@ def test_copies_pickles_saves_and_generates(family, tmp_path):
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         weights = dict(again.named_parameters())
         for layer in again.modules():
-            if type(layer) in FUSED.values():  # it reads its own weights, not the original's
+            if isinstance(layer, Fused):  # it reads its own weights, not the original's
                 assert all(p is weights[n] for n, p in again.named_parameters())
         with torch.no_grad():
             for parameter in again.parameters():
@@ -111,26 +111,71 @@ def test_leaves_alone_what_others_have_patched(monkeypatch):
     layer, other = model.layers[0], model.layers[1]
     layer.mlp.forward = elsewhere.__get__(layer.mlp)  # as Liger's kernels for a model that is there, or a hook
     fuse_layers(model)
-    assert type(layer.mlp) not in FUSED.values() and type(other.mlp) in FUSED.values()
+    assert not isinstance(layer.mlp, Fused) and isinstance(other.mlp, FusedMLP)
     hidden = torch.randn(1, 5, 48)
     assert layer.mlp(hidden) is hidden
     model = build("llama", dtype=torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(type(model.layers[0].mlp), "forward", elsewhere)  # a class patched for all
-        patch.setitem(FUSED, Stranger, FusedStranger)  # what stood under a class's name when it was imported
-        model.layers[0].input_layernorm = Stranger()
         fuse_layers(model)
-    assert type(model.layers[0].mlp) not in FUSED.values()
-    assert type(model.layers[0].self_attn) in FUSED.values()
-    assert type(model.layers[0].input_layernorm) is Stranger
+    assert not isinstance(model.layers[0].mlp, Fused)
+    assert isinstance(model.layers[0].input_layernorm, FusedNorm)
 
 
-class Stranger(torch.nn.Module):
-    forward = elsewhere
+# By their parts, in a model of two layers: attentions, MLPs, norms. One layer of SmolLM3 has no rotary embedding; Olmo
+# 2 norms all heads together; Cohere rotates neighbours, StarCoder 2 and it have no RMS norms; Gemma 3n's values have a
+# norm; the experts of Mixtral are no MLPs.
+PARTS = {
+    "qwen2": (2, 2, 5), "qwen3": (2, 2, 9), "qwen3_moe": (2, 0, 9), "mistral": (2, 2, 5), "mixtral": (2, 0, 5),
+    "gemma2": (2, 2, 9), "granite": (2, 2, 5), "eurobert": (2, 2, 5), "smollm3": (1, 2, 5), "olmo2": (0, 2, 9),
+    "phi3": (0, 0, 5), "cohere2": (0, 2, 0), "starcoder2": (2, 0, 0), "gemma3n_text": (0, 4, 36), "gpt2": (0, 0, 0),
+}  # fmt: skip
 
 
-class FusedStranger(Stranger):
-    pass
+@pytest.mark.parametrize("family", PARTS)
+def test_layers_are_found_by_their_parts(family):
+    """And give the stock layers' results in a packed pass."""
+    model = PromptModel(build(family, dtype=torch.float32), PromptConfig("prompt", 3)).train()
+    exact = PromptModel(build(family), PromptConfig("prompt", 3)).train()
+    exact.prompt.weight.data.copy_(model.prompt.weight)
+    modules = list(model.backbone.modules())
+    kinds = FusedAttention, FusedMLP, FusedNorm
+    assert tuple(sum(isinstance(module, kind) for module in modules) for kind in kinds) == PARTS[family]
+    inputs, results = batch((7, 3, 8)), []
+    for each in (model, exact):
+        hidden = each(**inputs).last_hidden_state
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
+        results.append((hidden.detach().double(), each.prompt.weight.grad.double()))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 5e-5 * theirs.abs().max()
+
+
+def test_probes_draw_no_random_numbers():
+    model = build("llama", dtype=torch.float32)
+    torch.manual_seed(5)
+    fuse_layers(model)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+class Doubling(torch.nn.Module):
+    """An RMS norm by its parts, and none by its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(48)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def test_a_module_with_other_results_is_left_alone():
+    model = build("llama", dtype=torch.float32)
+    model.norm, model.layers[0].mlp.act_fn = Doubling(), torch.nn.Tanh()
+    fuse_layers(model)
+    assert type(model.norm) is Doubling and not isinstance(model.layers[0].mlp, Fused)
+    assert isinstance(model.layers[1].mlp, FusedMLP)
 
 
 @native_only

@@ -7,34 +7,37 @@ left alone.
 """
 
 import inspect
+from functools import cache
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP, Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from fastprompt.ops._checks import choose_elementwise
 from fastprompt.ops.gated import gated
 from fastprompt.ops.rms_norm import rms_norm
 from fastprompt.ops.rotary import rotary
 
+from . import probes
 from .passes import PackedPass
-
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of a configuration, and the operator's
 
 
 def fuse_layers(model: nn.Module) -> None:
     """Give the layers of `model` their fused forward, those there is one for."""
-    for module in model.modules():
-        if type(module) in FUSED and _is_stock(module):
-            module.__class__ = FUSED[type(module)]
+    with probes.probing():
+        for module in model.modules():
+            if isinstance(module, Fused) or not _is_stock(module):
+                continue
+            for kind, probe in KINDS.items():
+                found = probes.probed(probe, module)
+                if found is not None:
+                    module.__class__, module.__dict__["_fused"] = _fused_class(kind, type(module)), found
+                    break
 
 
 def _is_stock(module: nn.Module) -> bool:
-    """Whether its class is transformers', not what stands under that name, and its forward the class's own."""
-    home = type(module).__module__
+    """Whether its forward is its class's own, not another that stands in its place."""
     forward = inspect.unwrap(type(module).forward)
-    return home.startswith("transformers.") and forward.__module__ == home and "forward" not in vars(module)
+    return forward.__module__ == type(module).__module__ and "forward" not in vars(module)
 
 
 def _fits(x: Tensor) -> bool:
@@ -45,96 +48,62 @@ def _fits(x: Tensor) -> bool:
     )
 
 
-class _RMSNorm(nn.Module):
+class Fused:
+    """What stands before a module's own class; `_fused` holds what its probe found."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # Its class has no name in a module to be found by: a copy makes it anew.
+        return _blank, type(self).made_of, self.__dict__
+
+
+class FusedNorm(Fused):
     """Rounded once, in bfloat16 too: Llama's own rounds before the weight as well. float64 is not taken to float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if not _fits(x) or weight.dtype != x.dtype or (weight.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)
-        return rms_norm(x, weight, self._eps, self._offset)
+        return rms_norm(x, weight, **self._fused)
 
 
-class FusedLlamaRMSNorm(_RMSNorm, LlamaRMSNorm):
-    _offset = 0.0
+class FusedMLP(Fused):
+    """Activation and product in one pass."""
 
-    @property
-    def _eps(self) -> float:
-        return self.variance_epsilon
-
-
-class FusedGemma3RMSNorm(_RMSNorm, Gemma3RMSNorm):
-    _offset = 1.0
-
-    @property
-    def _eps(self) -> float:
-        return self.eps
-
-
-class _MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        activation = ACTIVATIONS.get(self._activation)
-        if not _fits(x) or activation is None:
+        if not _fits(x):
             return super().forward(x)
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), activation))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), **self._fused))
 
 
-class FusedLlamaMLP(_MLP, LlamaMLP):
-    @property
-    def _activation(self) -> str:
-        return self.config.hidden_act
-
-
-class FusedGemma3MLP(_MLP, Gemma3MLP):
-    @property
-    def _activation(self) -> str:
-        return self.config.hidden_activation
-
-
-class _Attention(nn.Module):
+class FusedAttention(Fused):
     """In a packed pass, heads stay where the projections put them: (R, H, D), no transposition, no copy."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values=None,
-        **kwargs,
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, *args, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         packed_pass = kwargs.get("fastprompt_pass")
         if not isinstance(packed_pass, PackedPass) or not _fits(hidden_states):
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         rows = hidden_states.squeeze(0)  # (R, E)
         heads = len(rows), -1, self.head_dim
         query, key, value = (project(rows).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if "q_norm" in self._modules:
+            query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = (x.squeeze(0) for x in position_embeddings)
-        output = packed_pass.attend(
-            self.layer_idx,
-            *rotary(*self._normalized(query, key), cos, sin),
-            value,
-            scale=self.scaling,
-            window=getattr(self, "sliding_window", None),
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        query, key = rotary(query, key, cos, sin)
+        output = packed_pass.attend(self.layer_idx, query, key, value, dropout_p=dropout, **self._fused)
         return self.o_proj(output.flatten(1)).unsqueeze(0), None
 
 
-class FusedLlamaAttention(_Attention, LlamaAttention):
-    def _normalized(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return query, key
+KINDS = {FusedNorm: probes.norm, FusedMLP: probes.mlp, FusedAttention: probes.attention}
 
 
-class FusedGemma3Attention(_Attention, Gemma3Attention):
-    def _normalized(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q_norm(query), self.k_norm(key)
+@cache
+def _fused_class(kind: type, stock: type) -> type:
+    return type(f"Fused{stock.__name__}", (kind, stock), {"made_of": (kind, stock)})
 
 
-FUSED = {
-    LlamaRMSNorm: FusedLlamaRMSNorm,
-    LlamaMLP: FusedLlamaMLP,
-    LlamaAttention: FusedLlamaAttention,
-    Gemma3RMSNorm: FusedGemma3RMSNorm,
-    Gemma3MLP: FusedGemma3MLP,
-    Gemma3Attention: FusedGemma3Attention,
-}
+def _blank(kind: type, stock: type) -> nn.Module:
+    made = _fused_class(kind, stock)
+    return made.__new__(made)
