@@ -14,7 +14,7 @@ from . import checkpoint
 from .bottleneck import Adapters
 from .config import PromptConfig
 from .distributed import wants_all_gradients
-from .packed import PackedBackbone, PromptInputs, layout
+from .packed import PackedBackbone, PackedEncoderDecoder, PromptInputs, layout, packed_model
 from .packed.backbone import computed_in
 from .prompt_init import new_prompt
 
@@ -49,8 +49,8 @@ class PromptBank(nn.Module):
             self.adapters = Adapters(packed.layers, packed.geometry, config.adapter_size).to(self.prompt.weight)
 
     @property
-    def _packed(self) -> PackedBackbone:
-        return PackedBackbone(self.backbone, fused=True)
+    def _packed(self) -> PackedBackbone | PackedEncoderDecoder:
+        return packed_model(self.backbone, fused=True)
 
     @property
     def position_offset(self) -> int:

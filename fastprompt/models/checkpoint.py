@@ -24,7 +24,7 @@ from fastprompt._files import (
 from fastprompt.nn import Prefix, Prompt
 
 from .config import PromptConfig
-from .packed import PackedBackbone
+from .packed import PackedBackbone, PackedEncoderDecoder
 from .prompt_init import chosen_layers, new_prompt
 
 WEIGHTS, CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "fastprompt_config.json"
@@ -40,6 +40,7 @@ _MORE = ("other_prompts", "files")  # in our own file, beside the fields of Prom
 _LOG = logging.getLogger("fastprompt")
 _HEADS = {
     "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -48,7 +49,7 @@ _HEADS = {
 
 def save(
     config: PromptConfig,
-    packed: PackedBackbone,
+    packed: PackedBackbone | PackedEncoderDecoder,
     prompt: Prompt | Prefix,
     directory: Path,
     *,
@@ -69,10 +70,12 @@ def save(
     """
     directory.mkdir(parents=True, exist_ok=True)
     geometry, backbone = packed.geometry, packed.model
-    whole = config.kind == "prompt" or len(prompt.layers) == geometry.layers
+    whole = config.kind == "prompt" or list(prompt.layers) == list(range(geometry.layers))
     # PEFT has nothing of the kind, and would predict something else: it must refuse such a file.
     unlike = {
         "PREFIX_IN_SOME_LAYERS": not whole,
+        # There it hands one to two layers each.
+        "PREFIX_OF_ENCODER_DECODER": config.kind == "prefix" and backbone.config.is_encoder_decoder,
         "WITHOUT_POSITION_OFFSET": config.position_offset == "none",
         "POOLS_TEXT": config.kind == "prompt" and not config.pools_prompt and packed.pools_first_row,
         "WITH_ADAPTERS": adapters is not None,
@@ -160,13 +163,16 @@ def _base_shapes(backbone: nn.Module) -> dict[str, torch.Size] | None:
         return {name: tensor.shape for name, tensor in type(backbone)(config).state_dict().items()}
 
 
-def load_prompt(config: PromptConfig, packed: PackedBackbone, directory: Path, trainable: bool) -> Prompt | Prefix:
+def load_prompt(
+    config: PromptConfig, packed: PackedBackbone | PackedEncoderDecoder, directory: Path, trainable: bool
+) -> Prompt | Prefix:
     """The prompt in a folder, for a bank of prompts that `config` describes, over the backbone of `packed`."""
     stored = read(directory)
     names = ["kind", "position_offset"] + ["pools_prompt"] * packed.pools_first_row
     settings = {name: (getattr(stored.config, name), getattr(config, name)) for name in names}
+    counts = packed.geometry.layers, packed.geometry.encoder_layers
     if config.kind == stored.config.kind == "prefix":
-        settings["layers"] = tuple(chosen_layers(each, packed.geometry.layers) for each in (stored.config, config))
+        settings["layers"] = tuple(chosen_layers(each, *counts) for each in (stored.config, config))
     for name, (got, expected) in settings.items():
         if got != expected:
             raise ValueError(f"{name} of the prompt in {directory} must be {expected!r}, as the model's, got {got!r}")
@@ -290,7 +296,19 @@ def read(directory: Path) -> Folder:
     if KEY not in tensors:
         raise ValueError(f"{directory / weights} must hold {KEY!r}, got {sorted(tensors)}")
     rows, beside = tensors.pop(KEY), {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items()}
+    if by_peft or not (directory / OWN_CONFIG).is_file():
+        rows = _as_peft_reads(rows, peft_config)
     return Folder(directory, config, rows, beside, others, files, weights, is_final)
+
+
+def _as_peft_reads(rows: Tensor, about: dict) -> Tensor:
+    """Of an encoder-decoder's rows those that PEFT reads, in the order of the layers: see `fastprompt.models.fuse`."""
+    if about.get("num_transformer_submodules") != 2:
+        return rows
+    if KINDS[about["peft_type"]] == "prompt":
+        return rows[: about["num_virtual_tokens"]]
+    layers = about["num_layers"]
+    return rows.unflatten(1, (layers, -1))[:, torch.arange(layers) * 2 % layers].flatten(1)
 
 
 def _read_pefts(file: Path, about: dict) -> PromptConfig:

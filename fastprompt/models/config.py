@@ -11,7 +11,9 @@ class PromptConfig:
     Attributes:
         kind: "prefix" (trained keys and values in every layer) or "prompt" (trained rows before the input embeddings).
         num_virtual_tokens: P, at least 1.
-        layers: for a prefix, the layers that get one (all if None); negative numbers count from the end.
+        layers: for a prefix, the layers that get one (all if None); negative numbers count from the end. Of an
+            encoder-decoder they are the decoder's, in its self-attention, as in PEFT; numbers that go on after them are
+            the encoder's layers, which get one only if they are named here.
         init: "random"; "vocabulary": the embeddings (for a prefix: the keys and values the backbone makes) of token ids
             drawn at random; "text": those of `init_ids`, repeated or cut to P.
         init_ids: token ids of a text, for init "text".

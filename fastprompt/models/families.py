@@ -20,6 +20,8 @@ class Geometry:
             where layers share a module.
         sublayers: of a layer, the module that attends, and those whose outputs are what attention and feed-forward part
             add to the residual stream; None: not known.
+        encoder_layers: of an encoder-decoder, whose decoder the rest is about, the encoder's layers that a prefix may
+            enter, counted after the decoder's.
         reads: of each layer, the layer whose keys and values it reads (Gemma 3n and 4: late layers read those of an
             early one), and their heads and features; None: each its own, all of one shape.
         per_layer: tokens are looked up once more, for what enters in each layer (Gemma 3n and 4).
@@ -35,6 +37,7 @@ class Geometry:
     is_causal: bool
     attends: tuple[str, ...]
     sublayers: tuple[str, str, str] | None
+    encoder_layers: int = 0
     reads: tuple[tuple[int, int, int], ...] | None = None
     per_layer: bool = False
 
@@ -59,6 +62,9 @@ class Geometry:
 
 # The base model that heads call, where it is not `base_model` itself, by model type.
 CALLED = {"opt": "decoder"}
+
+# Encoder-decoders that are served, with their language-model heads: by `packed.encoder_decoder`.
+ENCODER_DECODERS = "t5", "mt5", "umt5", "bart", "mbart", "m2m_100"
 
 # What `Geometry.sublayers` may be: the first whose modules a layer has.
 SUBLAYERS = (

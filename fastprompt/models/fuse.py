@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import KINDS
-from .packed import PackedBackbone, PromptInputs, layout
+from .packed import PromptInputs, layout, packed_model
 from .packed.context import Context, ContextHead
 from .packed.running import RunsPacked, on_host
 
@@ -38,6 +38,13 @@ def fuse(peft_model, *, pools_prompt: bool = True, cuda_graphs: bool = False):
       samples of a batch that came packed do not see each other;
     - a causal language model in training mode, given labels, returns `logits=None` beside its loss unless
       `return_logits=True`.
+
+    Of encoder-decoders (T5, mT5, UMT5, BART, mBART, M2M100, which is NLLB) sequence-to-sequence language models with
+    their heads are fused, with a prompt before the encoder's input or a prefix in the decoder's self-attention. PEFT
+    hands layer i of a decoder of L layers the prefix of layer 2i mod L, so that of an even number half are read, each
+    twice, and the others get no gradient. A fused model keeps to that, as PEFT's `generate` and its files do;
+    `PromptModel` gives every layer its own. Rows of the decoder behind the last label are left out in training,
+    num_items_in_batch is honoured, and encoder_last_hidden_state does not show the prompt.
 
     Its forward also takes `return_logits`, `shared_prefix_ids` and `label_smoothing`, as `PromptModel.forward` does;
     with MULTITASK_PROMPT_TUNING it takes `task_ids`, as PEFT's: each task of a batch is one prompt of the pass.
@@ -70,7 +77,7 @@ def fuse(peft_model, *, pools_prompt: bool = True, cuda_graphs: bool = False):
     replaced = peft_model.__dict__.get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not type(peft_model).forward:
         raise ValueError(f"peft_model's forward must be its class's own: fuse it before it is prepared, got {replaced}")
-    packed = PackedBackbone(_backbone(peft_model))
+    packed = packed_model(_backbone(peft_model))
     if replaced is not None:  # PEFT leaves it there after `disable_adapter`
         del peft_model.forward
     peft_model.pools_prompt = pools_prompt
@@ -98,7 +105,7 @@ class FusedForward(RunsPacked):
                 context = _context(self.active_peft_config, labels, types)
                 labels, other_loss = context.labels, {"make_head": partial(ContextHead, context=context)}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
-        packed = PackedBackbone(_backbone(self), fused=True)
+        packed = packed_model(_backbone(self), fused=True)
         packing, tasks = packed.pack(inputs, labels, task_ids)
         if tasks is not None and tasks.shape != (packing.segments,):
             raise ValueError(f"task_ids must be ({packing.segments},), one a sentence, got {tasks.shape}")
@@ -139,15 +146,18 @@ class FusedForward(RunsPacked):
             if len(wrong):
                 raise IndexError(f"task_ids must be in [0, {config.num_tasks}), got {wrong[0]}")
             batch = {"batch_size": len(found)} | {"task_ids": layout.tensor_on(found, device)}
-        encoded = self.get_prompt(**batch)
-        if kind == "prefix":
+        encoded, length = self.get_prompt(**batch), config.num_virtual_tokens
+        if kind == "prompt":
+            encoded = encoded[:, :length]  # of an encoder-decoder there are twice as many, and PEFT reads these
+        else:
+            encoded = getattr(encoded, "self_attention_cache", encoded)  # of an encoder-decoder: as PEFT shares it out
             layers = enumerate(encoded.layers)  # of some PEFT makes none
             encoded = {i: (layer.keys, layer.values) for i, layer in layers if layer.keys is not None}
         return PromptInputs(
             **{kind: encoded},
             index=index,
             shared_ids=shared_ids,
-            position_offset=config.num_virtual_tokens,
+            position_offset=length,
             prefix_in_window=True,
         )
 
@@ -218,4 +228,28 @@ def _kind(peft_model) -> str:
     peft_type = _peft_type(peft_model)
     if peft_type not in FUSED_KINDS:
         raise ValueError(f"peft_model's active adapter must be one of {tuple(FUSED_KINDS)}, got {peft_type}")
-    return FUSED_KINDS[peft_type]
+    kind, config, backbone_config = FUSED_KINDS[peft_type], peft_model.active_peft_config, _backbone(peft_model).config
+    if getattr(backbone_config, "is_encoder_decoder", False):
+        _check_encoder_decoder(config, peft_type, backbone_config)
+    return kind
+
+
+def _check_encoder_decoder(config, peft_type: str, backbone_config) -> None:
+    task = getattr(config.task_type, "value", config.task_type)
+    if task != "SEQ_2_SEQ_LM":
+        raise ValueError(f"task_type of an encoder-decoder's adapter must be SEQ_2_SEQ_LM, got {task}")
+    if peft_type not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+        raise ValueError(
+            f"peft_model's active adapter must, over an encoder-decoder, be a prefix or a prompt, got {peft_type}"
+        )
+    if peft_type != "PREFIX_TUNING":
+        return
+    if config.num_transformer_submodules != 2:
+        raise ValueError(
+            "num_transformer_submodules of an encoder-decoder's prefix must be 2, or else PEFT mixes it up with "
+            f"cross-attention, got {config.num_transformer_submodules}"
+        )
+    names = "num_decoder_layers", "decoder_layers"
+    layers = next((getattr(backbone_config, name) for name in names if hasattr(backbone_config, name)), 0)
+    if config.num_layers < layers:
+        raise ValueError(f"num_layers of a prefix must be at least the decoder's {layers}, got {config.num_layers}")

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .packed import PackedBackbone, PromptInputs
+from . import seq2seq_generation
+from .packed import PackedBackbone, PackedEncoderDecoder, PromptInputs, packed_model
 from .packed.forward import padding_of
 from .packed.passes import GenerationPass, KeysPass
 
@@ -20,7 +21,8 @@ def generate(backbone: nn.Module, prompt_inputs: PromptInputs, /, **inputs):
     It runs in evaluation mode, whatever the modules' mode, and leaves them in theirs.
 
     Args:
-        backbone: a causal language model of a supported family, with its head. Its layers get a fused forward and stay.
+        backbone: a causal or sequence-to-sequence language model of a supported family, with its head. Its layers get a
+            fused forward and stay.
         prompt_inputs: the prompts, made in evaluation mode; their index is of one number a text.
         inputs: of transformers' generate. Padding may stand on the left, as it wants it.
 
@@ -28,7 +30,10 @@ def generate(backbone: nn.Module, prompt_inputs: PromptInputs, /, **inputs):
         ValueError, IndexError: the model does not generate, prompts that do not fit it or the texts, or an argument of
             `PromptModel.forward` that generate has no place for.
     """
-    packed = PackedBackbone(backbone)
+    packed = packed_model(backbone)
+    if isinstance(packed, PackedEncoderDecoder):
+        with evaluating(backbone):
+            return seq2seq_generation.generate(packed, prompt_inputs, inputs)
     if not packed.is_causal_lm:
         raise ValueError(f"generate needs a causal language model with its head, got {type(backbone).__name__}")
     if "shared_prefix_ids" in inputs or prompt_inputs.shared_ids is not None:

@@ -9,12 +9,12 @@ from fastprompt.nn.prompts import join_prefix
 
 from .config import PromptConfig
 from .families import Geometry
-from .packed import PackedBackbone
+from .packed import PackedBackbone, PackedEncoderDecoder
 from .packed.passes import KeysPass
 from .packed.weights import device_of
 
 
-def new_prompt(config: PromptConfig, packed: PackedBackbone) -> Prompt | Prefix:
+def new_prompt(config: PromptConfig, packed: PackedBackbone | PackedEncoderDecoder) -> Prompt | Prefix:
     """A prompt as `config` describes it, on the backbone's device, float32 at least: small steps are lost in less."""
     geometry, dropout = packed.geometry, config.dropout
     initial = _initial(config, packed)
@@ -23,16 +23,22 @@ def new_prompt(config: PromptConfig, packed: PackedBackbone) -> Prompt | Prefix:
         encoder.to(initial)
     if config.kind == "prompt":
         return Prompt(initial, encoder, dropout)
-    layers = chosen_layers(config, geometry.layers)
-    sources = range(geometry.layers) if geometry.reads is None else [source for source, *_ in geometry.reads]
+    layers = chosen_layers(config, geometry.layers, geometry.encoder_layers)
+    sources = (
+        range(geometry.layers + geometry.encoder_layers)
+        if geometry.reads is None
+        else [source for source, *_ in geometry.reads]
+    )
     for layer in layers if config.layers is not None else ():
         if sources[layer] != layer:
             raise ValueError(f"layers must have keys of their own, got {layer}, which reads those of {sources[layer]}")
     return Prefix(initial, layers, geometry.kv_heads, geometry.head_dim, encoder, dropout)
 
 
-def chosen_layers(config: PromptConfig, count: int) -> list[int]:
+def chosen_layers(config: PromptConfig, count: int, beyond: int = 0) -> list[int]:
     """The layers, ascending and from 0, that a prefix enters in a backbone of `count` layers.
+
+    Of an encoder-decoder these are the decoder's; those `beyond` them, the encoder's, get one only if they are named.
 
     Raises:
         ValueError: config.layers has none, one twice, or one that is not there.
@@ -41,15 +47,15 @@ def chosen_layers(config: PromptConfig, count: int) -> list[int]:
         return list(range(count))
     layers = []
     for layer in config.layers:
-        if not isinstance(layer, int) or not -count <= layer < count:
-            raise ValueError(f"layers must be indices of the backbone's {count} layers, got {layer!r}")
-        layers.append(layer % count)
+        if not isinstance(layer, int) or not -count <= layer < count + beyond:
+            raise ValueError(f"layers must be indices of the backbone's {count + beyond} layers, got {layer!r}")
+        layers.append(layer + count if layer < 0 else layer)
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"layers must be different and at least one, got {list(config.layers)}")
     return sorted(layers)
 
 
-def _encoder(config: PromptConfig, packed: PackedBackbone) -> nn.Module | None:
+def _encoder(config: PromptConfig, packed: PackedBackbone | PackedEncoderDecoder) -> nn.Module | None:
     if config.encoder is None:
         return None
     width, columns = _widths(config, packed)
@@ -59,17 +65,17 @@ def _encoder(config: PromptConfig, packed: PackedBackbone) -> nn.Module | None:
     return (MLPEncoder if config.encoder == "mlp" else LSTMEncoder)(width, hidden_size)
 
 
-def _widths(config: PromptConfig, packed: PackedBackbone) -> tuple[int, int]:
+def _widths(config: PromptConfig, packed: PackedBackbone | PackedEncoderDecoder) -> tuple[int, int]:
     """Features of a row that an encoder takes, and of a row of the prompt."""
     geometry = packed.geometry
     if config.kind == "prompt":
         return geometry.hidden, geometry.hidden
     width = geometry.kv_heads * geometry.head_dim
-    return width, len(chosen_layers(config, geometry.layers)) * 2 * width
+    return width, len(chosen_layers(config, geometry.layers, geometry.encoder_layers)) * 2 * width
 
 
 @torch.no_grad()
-def _initial(config: PromptConfig, packed: PackedBackbone) -> Tensor:
+def _initial(config: PromptConfig, packed: PackedBackbone | PackedEncoderDecoder) -> Tensor:
     embedding = packed.base.get_input_embeddings()
     rows, device, vocabulary = config.num_virtual_tokens, device_of(embedding), embedding.num_embeddings
     dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
@@ -92,6 +98,8 @@ def _initial(config: PromptConfig, packed: PackedBackbone) -> Tensor:
         ids = ids.repeat(-(-rows // len(ids)))[:rows]
     if config.kind == "prompt":
         return embedding(ids).to(dtype)
+    if isinstance(packed, PackedEncoderDecoder):
+        raise ValueError(f"init of a prefix must be 'random' in an encoder-decoder, got {config.init!r}")
     was_training, own = packed.base.training, KeysPass()
     packed.base.eval()
     packed.base(input_ids=ids.unsqueeze(0), fastprompt_pass=own)

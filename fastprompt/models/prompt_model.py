@@ -10,7 +10,7 @@ from .bank import PromptBank
 from .config import PromptConfig
 from .for_trainers import ForTrainers
 from .generation import evaluating, generate
-from .packed import PackedBackbone, Packing
+from .packed import PackedBackbone, Packing, packed_model
 from .packed.running import RunsPacked, on_host
 from .prompt_init import chosen_layers
 
@@ -63,8 +63,8 @@ class PromptModel(RunsPacked, ForTrainers, PromptBank, PreTrainedModel):
     def __init__(self, backbone: nn.Module, config: PromptConfig, *, cuda_graphs: bool = False) -> None:
         if isinstance(backbone, PromptBank):
             raise TypeError(f"backbone must be a transformers model, got {type(backbone).__name__}")
-        packed = PackedBackbone(backbone)
-        chosen_layers(config, packed.geometry.layers)
+        packed = packed_model(backbone)
+        chosen_layers(config, packed.geometry.layers, packed.geometry.encoder_layers)
         table = packed.geometry.positions
         if table is not None and config.position_offset == "peft" and config.num_virtual_tokens >= table:
             raise ValueError(

@@ -1,6 +1,6 @@
 """PackedBackbone: runs a transformers model on the packed tokens of a padded batch, with a prompt."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -123,7 +123,8 @@ class PackedBackbone:
         if packing is None:
             packing, _ = self.pack(inputs, labels)
         self.check_prompts(prompt_inputs)
-        self._check_checkpointing(inputs, prompt_inputs)
+        entering = prompt_inputs.prompt, inputs.get("inputs_embeds"), self.base.get_input_embeddings().weight
+        check_checkpointing(self.layers, entering, prompt_inputs)
         self._check_segments(packing, prompt_inputs)
         inputs = {name: value for name, value in inputs.items() if name not in ("packing", *SAMPLES)}
         layer, states = start or (0, None)
@@ -199,7 +200,7 @@ class PackedBackbone:
             del wanted["labels"]
         values = layout.read({name: tensor for name, tensor in wanted.items() if tensor is not None})
         if packing is None:
-            _check_values(values)
+            check_values(values)
             told = (values.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"))
             packing = Packing.of_batch(shape, *told)
         if "labels" in values:
@@ -253,30 +254,9 @@ class PackedBackbone:
         if not isinstance(inputs.get("logits_to_keep", 0), int) or inputs.get("logits_to_keep", 0):
             raise ValueError("logits_to_keep must not be given: training computes labelled positions only")
         batch = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        self._check_rows(inputs, tuple(batch.shape[:2]))
+        check_rows(inputs, tuple(batch.shape[:2]))
         if inputs.get("packing") is not None:
             self._check_packing(inputs, tuple(batch.shape[:2]))
-
-    @staticmethod
-    def _check_rows(inputs: dict, shape: tuple[int, int]) -> None:
-        """What says which tokens there are, and of which samples; `Packing.of_batch` checks that it agrees."""
-        for name, rows in (
-            ("attention_mask", shape[:1]),
-            ("position_ids", (1, shape[0])),
-            ("token_type_ids", (1, shape[0])),
-            ("seq_idx", (1, shape[0])),
-        ):
-            value = inputs.get(name)
-            if value is None:
-                continue
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            if not isinstance(value, Tensor) or value.ndim != 2 or len(value) not in rows or value.shape[1] != shape[1]:
-                raise ValueError(f"{name} must be {shape}, as the batch, got {got}")
-        bounds, keys = inputs.get("cu_seq_lens_q"), inputs.get("cu_seq_lens_k")
-        if keys is not None and bounds is None:
-            raise ValueError(f"cu_seq_lens_k must be cu_seq_lens_q, None, got {keys}")
-        if bounds is not None and (bounds.ndim != 1 or not len(bounds)):
-            raise ValueError(f"cu_seq_lens_q must have shape (S+1,), got {tuple(bounds.shape)}")
 
     @staticmethod
     def _check_packing(inputs: dict, shape: tuple[int, int]) -> None:
@@ -295,29 +275,6 @@ class PackedBackbone:
         prompt_inputs.check(self.geometry)
         if prompt_inputs.adapters is not None:
             prompt_inputs.adapters.check(self.layers, self.geometry)
-
-    def _check_checkpointing(self, inputs: dict, prompt_inputs: PromptInputs) -> None:
-        """Raise a ValueError for gradient checkpointing that would drop a gradient.
-
-        The reentrant kind sees nothing train but what is handed to a layer as an argument, its hidden states; if they
-        do, parameters within the layer get their gradients too, but a prefix is neither.
-        """
-        prompt, adapters = prompt_inputs.prompt, prompt_inputs.adapters
-        entering = prompt, inputs.get("inputs_embeds"), self.base.get_input_embeddings().weight
-        enters = any(each is not None and each.requires_grad for each in entering)
-        prefixed = any(key.requires_grad or value.requires_grad for key, value in prompt_inputs.prefix.values())
-        for layer in self.layers if torch.is_grad_enabled() and (prefixed or not enters) else ():
-            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-            if checkpoint is None or not layer.training or not getattr(layer, "gradient_checkpointing", False):
-                continue
-            reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", "torch's default")
-            within = [*layer.parameters(), *(() if adapters is None else adapters.parameters())]
-            if reentrant is not False and (prefixed or any(each.requires_grad for each in within)):
-                raise ValueError(
-                    "gradient checkpointing needs use_reentrant=False, as in gradient_checkpointing_kwargs="
-                    "{'use_reentrant': False}: with a prefix, or with layers that train and no prompt rows that do, "
-                    f"the reentrant kind drops gradients, got {reentrant}"
-                )
 
     def _check_segments(self, packing: Packing, prompt_inputs: PromptInputs) -> None:
         index = prompt_inputs.index
@@ -338,13 +295,62 @@ class PackedBackbone:
             raise ValueError(f"output_hidden_states must not be set with a start at layer {layer}: none below it runs")
 
 
-def _check_values(values: dict[str, np.ndarray]) -> None:
+def check_rows(inputs: dict, shape: tuple[int, int]) -> None:
+    """What says which tokens there are, and of which samples; `Packing.of_batch` checks that it agrees."""
+    for name, rows in (
+        ("attention_mask", shape[:1]),
+        ("position_ids", (1, shape[0])),
+        ("token_type_ids", (1, shape[0])),
+        ("seq_idx", (1, shape[0])),
+    ):
+        value = inputs.get(name)
+        if value is None:
+            continue
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.ndim != 2 or len(value) not in rows or value.shape[1] != shape[1]:
+            raise ValueError(f"{name} must be {shape}, as the batch, got {got}")
+    bounds, keys = inputs.get("cu_seq_lens_q"), inputs.get("cu_seq_lens_k")
+    if keys is not None and bounds is None:
+        raise ValueError(f"cu_seq_lens_k must be cu_seq_lens_q, None, got {keys}")
+    if bounds is not None and (bounds.ndim != 1 or not len(bounds)):
+        raise ValueError(f"cu_seq_lens_q must have shape (S+1,), got {tuple(bounds.shape)}")
+
+
+def check_checkpointing(layers: nn.ModuleList, entering: Iterable[Tensor | None], prompt_inputs: PromptInputs) -> None:
+    """Raise a ValueError for gradient checkpointing that would drop a gradient.
+
+    The reentrant kind sees nothing train but what is handed to a layer as an argument, its hidden states; if they do,
+    parameters within the layer get their gradients too, but a prefix is neither.
+
+    Args:
+        layers: of a model.
+        entering: of what hidden states are made; None: nothing.
+        prompt_inputs: the prompts that the batch reads.
+    """
+    adapters = prompt_inputs.adapters
+    enters = any(each is not None and each.requires_grad for each in entering)
+    prefixed = any(key.requires_grad or value.requires_grad for key, value in prompt_inputs.prefix.values())
+    for layer in layers if torch.is_grad_enabled() and (prefixed or not enters) else ():
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if checkpoint is None or not layer.training or not getattr(layer, "gradient_checkpointing", False):
+            continue
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", "torch's default")
+        within = [*layer.parameters(), *(() if adapters is None else adapters.parameters())]
+        if reentrant is not False and (prefixed or any(each.requires_grad for each in within)):
+            raise ValueError(
+                "gradient checkpointing needs use_reentrant=False, as in gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}: with a prefix, or with layers that train and no prompt rows that do, "
+                f"the reentrant kind drops gradients, got {reentrant}"
+            )
+
+
+def check_values(values: dict[str, np.ndarray], mask_name: str = "attention_mask") -> None:
     """Raise a ValueError for what `Packing.of_batch` is not to be given."""
-    mask, bounds, keys = (values.get(name) for name in ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k"))
+    mask, bounds, keys = (values.get(name) for name in (mask_name, "cu_seq_lens_q", "cu_seq_lens_k"))
     other = () if mask is None else mask[(mask != 0) & (mask != 1)]
     if len(other):
         raise ValueError(
-            f"attention_mask must hold 0 and 1, got {other[0]}: samples that share a row are told by position_ids "
+            f"{mask_name} must hold 0 and 1, got {other[0]}: samples that share a row are told by position_ids "
             "that begin anew, by cu_seq_lens_q or by seq_idx"
         )
     if keys is not None and not np.array_equal(bounds, keys):

@@ -146,7 +146,7 @@ class PackedForward:
             if self.geometry.per_layer:
                 packed["per_layer_inputs"] = self._per_layer(stock, plan)
         else:
-            packed["input_ids" if batch is stock["input_ids"] else "inputs_embeds"] = _packed(batch, plan)
+            packed["input_ids" if batch is stock["input_ids"] else "inputs_embeds"] = packed_rows(batch, plan)
         packed = {name: tensor.unsqueeze(0) for name, tensor in packed.items()}
         # A mask of four dimensions is taken by transformers as prepared: it builds none of its own.
         prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.device)
@@ -175,7 +175,7 @@ class PackedForward:
 
     def _token_types(self, types: Tensor, plan: Plan) -> Tensor:
         """(R,), 0 for prompt rows."""
-        types = _packed(types, plan)
+        types = packed_rows(types, plan)
         if not self.prompt_rows.length:
             return types
         return types.new_zeros(len(plan.positions)).index_copy(0, plan.token_rows, types)
@@ -184,7 +184,7 @@ class PackedForward:
         """(R, E): the prompt rows and the embeddings of the tokens."""
         embedding, given = self.base.get_input_embeddings(), self.prompt_inputs
         if stock["input_ids"] is not None:
-            table, ids, scale = embedding.weight, _packed(stock["input_ids"], plan), _scale(embedding)
+            table, ids, scale = embedding.weight, packed_rows(stock["input_ids"], plan), scale_of(embedding)
         else:
             table, ids, scale = stock["inputs_embeds"].flatten(0, 1), plan.index, 1.0
             ids = torch.arange(len(table), device=table.device) if ids is None else ids
@@ -207,7 +207,7 @@ class PackedForward:
         leading = [] if given.prompt is None else [padding_of(self.base, given.prompt)]
         if given.shared_ids is not None:
             leading.append(given.shared_ids.expand(num_prompts, -1))
-        ids = torch.cat([torch.cat(leading, 1).flatten(), _packed(stock["input_ids"], plan)])
+        ids = torch.cat([torch.cat(leading, 1).flatten(), packed_rows(stock["input_ids"], plan)])
         return self.base.get_decoder().get_per_layer_inputs(ids)
 
     # -- what comes out of it ------------------------------------------------------------------------------------
@@ -232,12 +232,7 @@ class PackedForward:
         output.last_hidden_state = padded
 
     def _padded(self, packed: Tensor, plan: Plan) -> Tensor:
-        """(T, ...) -> (B, L, ...), zero where the batch is padded."""
-        shape = self.packing.shape
-        if plan.index is not None:
-            padded = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
-            packed = padded.index_copy(0, plan.index, packed)
-        return packed.unflatten(0, shape)
+        return padded_rows(packed, plan.index, self.packing.shape)
 
     def _tokens(self, hidden: Tensor, plan: Plan) -> Tensor:
         """(1, R, D) -> (T, D), without prompt rows."""
@@ -264,10 +259,18 @@ def _batch_of(stock: dict) -> Tensor:
     return stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
 
 
-def _packed(batch: Tensor, plan: Plan) -> Tensor:
+def packed_rows(batch: Tensor, plan: Plan) -> Tensor:
     """(B, L, ...) -> (T, ...)."""
     flat = batch.flatten(0, 1)
     return flat if plan.index is None else flat.index_select(0, plan.index)
+
+
+def padded_rows(packed: Tensor, index: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """(T, ...) -> (B, L, ...), zero where the batch is padded."""
+    if index is not None:
+        padded = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
+        packed = padded.index_copy(0, index, packed)
+    return packed.unflatten(0, shape)
 
 
 def _name(function: Callable) -> str:
@@ -279,7 +282,7 @@ def _parameters(forward: Callable) -> list[str]:
     return list(inspect.signature(forward).parameters)[1:]  # without self
 
 
-def _scale(embedding: nn.Module) -> float:
+def scale_of(embedding: nn.Module) -> float:
     """Of its rows, rounded as the model rounds it: Gemma's is 33.94 in float32 and 34 in bfloat16."""
     scale, dtype = getattr(embedding, "embed_scale", 1.0), embedding.weight.dtype
     if not isinstance(scale, Tensor):

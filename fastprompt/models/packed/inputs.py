@@ -16,6 +16,7 @@ class PromptInputs:
 
     Attributes:
         prefix: layer index -> key and value, each (N, Hkv, P, D): N prefixes. A layer that is not in it has none.
+            An encoder-decoder's layers are the decoder's and, after them, the encoder's.
         prompt: (N, P, E), the rows of N prompts, to stand before the embeddings of texts; None: there are none.
         index: (S,) integers on the host: which of the N each segment reads; None: all read the first.
         shared_ids: (L,) token ids of a text that all segments begin with, after the prompt (causal models only); None:
@@ -60,10 +61,9 @@ class PromptInputs:
                     f"prefix must have keys and values (N, {geometry.kv_heads}, P, {geometry.head_dim}), as the "
                     f"backbone's, got {tuple(key.shape)} and {tuple(value.shape)} in layer {layer}"
                 )
-            if not 0 <= min(self.prefix) <= max(self.prefix) < geometry.layers:
-                raise ValueError(
-                    f"prefix must be of the backbone's {geometry.layers} layers, got {sorted(self.prefix)}"
-                )
+            layers = geometry.layers + geometry.encoder_layers
+            if not 0 <= min(self.prefix) <= max(self.prefix) < layers:
+                raise ValueError(f"prefix must be of the backbone's {layers} layers, got {sorted(self.prefix)}")
         prompt, ids = self.prompt, self.shared_ids
         if prompt is not None and (prompt.ndim != 3 or prompt.shape[2] != geometry.hidden):
             raise ValueError(f"prompt must be (N, P, {geometry.hidden}), as the backbone's, got {tuple(prompt.shape)}")

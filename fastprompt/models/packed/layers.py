@@ -25,7 +25,7 @@ def fuse_layers(model: nn.Module) -> None:
     """Give the layers of `model` their fused forward, those there is one for."""
     with probes.probing():
         for module in model.modules():
-            if isinstance(module, Fused) or not _is_stock(module):
+            if isinstance(module, Fused) or not is_stock(module):
                 continue
             for kind, probe in KINDS.items():
                 found = probes.probed(probe, module)
@@ -34,7 +34,7 @@ def fuse_layers(model: nn.Module) -> None:
                     break
 
 
-def _is_stock(module: nn.Module) -> bool:
+def is_stock(module: nn.Module) -> bool:
     """Whether its forward is its class's own, not another that stands in its place."""
     forward = inspect.unwrap(type(module).forward)
     return forward.__module__ == type(module).__module__ and "forward" not in vars(module)

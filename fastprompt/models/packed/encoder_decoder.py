@@ -1,0 +1,425 @@
+"""PackedEncoderDecoder: an encoder-decoder run packed, the tokens of each side as one row of segments."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.models.bart.modeling_bart import shift_tokens_right
+
+from fastprompt.ops import linear_cross_entropy, pack_prompt
+from fastprompt.ops._checks import check_targets
+
+from ..families import ENCODER_DECODERS, Geometry
+from . import layout
+from .attention import NAME
+from .backbone import NO_PROMPT, check_checkpointing, check_rows, check_values
+from .forward import packed_rows, padded_rows, scale_of
+from .inputs import PromptInputs
+from .layout import NO_LABEL, Packing, Plan, PromptRows
+from .stacks import Stack, fuse_stack, stand_in
+
+_NOT_TAKEN = (  # with a word on why
+    ("past_key_values", "a packed pass keeps no cache"),
+    ("use_cache", "a packed pass keeps no cache"),
+    ("encoder_outputs", "the encoder runs with the prompt"),
+    ("output_attentions", "attention weights are never formed"),
+    ("packing", "only the batches of a single stack are packed where they are loaded"),
+    ("position_ids", "encoder-decoders take none"),
+    ("cu_seq_lens_q", "samples of an encoder-decoder have a row of the batch each"),
+    ("seq_idx", "samples of an encoder-decoder have a row of the batch each"),
+)
+_ZEROS = WeakIdKeyDictionary()  # of biases of logits, whether all are zero: read once for all steps
+
+
+@dataclass(frozen=True, eq=False)
+class Packings:
+    """The two sides of a batch.
+
+    Attributes:
+        encoder: of the tokens that the encoder reads.
+        shape: (B, L) of the decoder's batch.
+        mask: (B, L) which of its rows there are; None: all.
+        labels: (B, L), -100 for none; or None.
+    """
+
+    encoder: Packing
+    shape: tuple[int, int]
+    mask: np.ndarray | None
+    labels: np.ndarray | None
+
+    @property
+    def segments(self) -> int:
+        """S: one a row of the batch."""
+        return self.shape[0]
+
+    def decoder(self, all_rows: bool) -> Packing:
+        """Of the decoder's rows: all there are, or those that some label's row sees."""
+        mask = np.ones(self.shape, dtype=bool) if self.mask is None else self.mask != 0
+        if self.labels is not None:
+            labelled = self.labels != NO_LABEL
+            if (labelled & ~mask).any():
+                raise ValueError("labels must be -100 where decoder_attention_mask is 0, got others")
+            if not all_rows:
+                mask = mask & (labelled[:, ::-1].cumsum(1)[:, ::-1] > 0)
+        return Packing.of_batch(self.shape, mask)
+
+
+class PackedEncoderDecoder:
+    """A sequence-to-sequence language model that runs packed, in place: what attends gets a packed forward, and stays.
+
+    A call packs the encoder's tokens and the decoder's, runs the one and then the other, whose cross-attention has
+    bounds of its own for queries and keys, and hands to the head the rows that are wanted.
+
+    It is made anew, and cheaply, for each call by what owns the model, as `PackedBackbone`.
+
+    Args:
+        model: the model.
+        fused: what attends has its packed forward already.
+
+    Raises:
+        TypeError, ValueError: it is none that is served.
+    """
+
+    is_causal_lm = False
+
+    def __init__(self, model: nn.Module, *, fused: bool = False) -> None:
+        family = model.config.model_type
+        if family not in ENCODER_DECODERS:
+            raise ValueError(
+                f"backbone must be, of encoder-decoders, of a family in {ENCODER_DECODERS}, got {family!r}"
+            )
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                "backbone must be, of encoder-decoders, a sequence-to-sequence language model with its head, "
+                f"got {type(model).__name__}"
+            )
+        self.model, self.base = model, model.base_model
+        self.encoder = Stack(model.get_encoder(), is_decoder=False)
+        self.decoder = Stack(model.get_decoder(), is_decoder=True)
+        self.geometry = _both(self.encoder.geometry, self.decoder.geometry)
+        if not fused or model.config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
+        if not fused:
+            fuse_stack(self.encoder)
+            fuse_stack(self.decoder)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return self.decoder.layers
+
+    def __call__(
+        self,
+        inputs: dict,
+        packings: Packings | None = None,
+        prompt_inputs: PromptInputs = NO_PROMPT,
+        *,
+        labels: Tensor | None = None,
+        all_logits: bool = True,
+        label_smoothing: float = 0.0,
+        start: tuple[int, Tensor] | None = None,
+        **others,
+    ):
+        """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
+
+        Args:
+            inputs: input_ids or inputs_embeds, attention_mask, and what else the model takes, without labels. Without
+                decoder_input_ids and decoder_inputs_embeds the decoder reads the labels, shifted as the model does.
+            packings: what `pack` made of inputs and labels; None: they are made here.
+            prompt_inputs: the prompts that the batch reads.
+            labels: (B, L).
+            all_logits: whether the logits of all the decoder's positions are wanted.
+            label_smoothing: of the loss.
+            start: is refused.
+            others: of `PackedBackbone`; they change nothing here.
+
+        Raises:
+            ValueError, IndexError: what a packed pass cannot serve, or prompts that do not fit.
+        """
+        if start is not None:
+            raise ValueError("lower_states must not be given: the layers of an encoder-decoder all run")
+        if packings is None:
+            packings, _ = self.pack(inputs, labels)
+        self.check_prompts(prompt_inputs)
+        self._check_segments(packings, prompt_inputs)
+        entering = prompt_inputs.prompt, inputs.get("inputs_embeds"), inputs.get("decoder_inputs_embeds")
+        for stack in (self.encoder, self.decoder):
+            check_checkpointing(stack.layers, entering, prompt_inputs)
+        inputs = dict(inputs)
+        if labels is not None:
+            check_targets(labels, self.model.config.vocab_size, NO_LABEL, "labels")
+            if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+                inputs["decoder_input_ids"] = self.shifted(labels)
+        all_logits = all_logits or labels is None
+        return _Forward(self, packings, prompt_inputs, labels, all_logits, label_smoothing).run(inputs)
+
+    def pack(
+        self, inputs: dict, labels: Tensor | None = None, prompt_ids: Tensor | None = None
+    ) -> tuple[Packings, np.ndarray | None]:
+        """The packing of both sides of a batch, and the values of prompt_ids: all that a step reads of its device."""
+        self.check_inputs(inputs)
+        batch, made = _given(inputs, ""), _given(inputs, "decoder_")
+        if made is None and labels is None:
+            raise ValueError("labels, decoder_input_ids or decoder_inputs_embeds must be given: the decoder reads them")
+        shape = tuple((labels if made is None else made).shape[:2])
+        mask = inputs.get("decoder_attention_mask")
+        for name, x in (("labels", labels), ("decoder_attention_mask", mask)):
+            if x is not None and tuple(x.shape) != shape:
+                raise ValueError(f"{name} must be {shape}, as what the decoder reads, got {tuple(x.shape)}")
+        if shape[0] != len(batch):
+            raise ValueError(f"labels and decoder_input_ids must have {len(batch)} rows, as the batch, got {shape[0]}")
+        wanted = {"labels": labels, "decoder_attention_mask": mask, "prompt_ids": prompt_ids}
+        wanted["attention_mask"] = inputs.get("attention_mask")
+        values = layout.read({name: tensor for name, tensor in wanted.items() if tensor is not None})
+        check_values(values)
+        check_values(values, "decoder_attention_mask")
+        encoder = Packing.of_batch(tuple(batch.shape[:2]), values.get("attention_mask"))
+        packings = Packings(encoder, shape, values.get("decoder_attention_mask"), values.get("labels"))
+        return packings, values.get("prompt_ids")
+
+    def check_inputs(self, inputs: dict) -> None:
+        """Raise a ValueError for what a packed pass cannot do, before any work."""
+        if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs.get("decoder_input_ids") is not None and inputs.get("decoder_inputs_embeds") is not None:
+            raise ValueError("one at most of decoder_input_ids and decoder_inputs_embeds must be given, got both")
+        for name, why in _NOT_TAKEN:
+            if inputs.get(name) is not None and inputs[name] is not False:
+                raise ValueError(f"{name} must not be given: {why}")
+        check_rows(inputs, tuple(_given(inputs, "").shape[:2]))
+
+    def check_prompts(self, prompt_inputs: PromptInputs) -> None:
+        """Raise a ValueError or an IndexError for prompts that do not fit this backbone."""
+        prompt_inputs.check(self.geometry)
+        if prompt_inputs.adapters is not None:
+            raise ValueError("adapters must be None: they are not served in encoder-decoders")
+
+    def _check_segments(self, packings: Packings | Packing, prompt_inputs: PromptInputs) -> None:
+        index = prompt_inputs.index
+        if index is not None and index.shape != (packings.segments,):
+            raise ValueError(f"prompt_ids must be ({packings.segments},), one a sentence, got {index.shape}")
+
+    def shifted(self, labels: Tensor) -> Tensor:
+        """What the decoder reads if labels alone are given, as the model itself makes it."""
+        own = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if own is not None:
+            return own(labels)
+        config = self.model.config  # of M2M100
+        return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+
+    def encode(self, inputs: dict, packing: Packing, prompt_inputs: PromptInputs):
+        """The encoder's own output for its packed rows (1, R, D), and the plan by which they stand there."""
+        stack, given = self.encoder, prompt_inputs
+        length = 0 if given.prompt is None else given.prompt.shape[1]
+        offset = given.position_offset if length else 0
+        rows = PromptRows(max(given.num_prompts, 1) if length else 0, length, False, False, offset)
+        batch = _given(inputs, "")
+        plan = self._plan(stack, packing, rows, given, batch.device)
+        bounds, ids = plan.cu_seqlens if plan.cu_seqlens_rows is None else plan.cu_seqlens_rows, None
+        if length:
+            handed = {"inputs_embeds": _with_prompt(stack, inputs, plan, given)}
+        elif batch is inputs.get("input_ids"):
+            handed = {"input_ids": (ids := packed_rows(batch, plan))}
+        else:
+            handed = {"inputs_embeds": packed_rows(batch, plan)}
+        places = stack.position_rows(plan.positions, bounds, ids, packing.longest + rows.token_offset)
+        own = stack.make_pass(bounds, self._encoder_prefix(given), plan.prompt_index, None)
+        handed = {name: x.unsqueeze(0) for name, x in handed.items()} | _prepared(batch.device)
+        options = {name: inputs[name] for name in ("output_hidden_states",) if name in inputs}
+        with stack.placed(places):
+            return stack.module(**handed, **options, fastprompt_pass=own), plan
+
+    def plan_decoder(self, packing: Packing, prompt_inputs: PromptInputs, device: torch.device) -> Plan:
+        """Where the decoder's rows stand."""
+        prefix = self.decoder_prefix(prompt_inputs)
+        offset = prompt_inputs.position_offset if prefix else 0  # after what stands in the cache, elsewhere
+        return self._plan(self.decoder, packing, PromptRows(0, 0, False, bool(prefix), offset), prompt_inputs, device)
+
+    @staticmethod
+    def _plan(stack: Stack, packing: Packing, rows: PromptRows, given: PromptInputs, device: torch.device) -> Plan:
+        begins = np.repeat(packing.cu_seqlens[:-1], np.diff(packing.cu_seqlens))
+        if stack.is_relative and not np.array_equal(packing.positions, np.arange(len(begins)) - begins):
+            name = "decoder_attention_mask" if stack.is_decoder else "attention_mask"
+            raise ValueError(f"{name} must have no gaps within a text: relative positions count its own tokens")
+        return Plan.of(packing, rows, stack.geometry, given.index).to(device)
+
+    def decoder_prefix(self, given: PromptInputs) -> dict[int, tuple[Tensor, Tensor]]:
+        """The decoder's layers are counted first."""
+        return {layer: pair for layer, pair in given.prefix.items() if layer < len(self.decoder.layers)}
+
+    def _encoder_prefix(self, given: PromptInputs) -> dict[int, tuple[Tensor, Tensor]]:
+        first = len(self.decoder.layers)
+        return {layer - first: pair for layer, pair in given.prefix.items() if layer >= first}
+
+    def encoded(self, texts: dict, prompt_inputs: PromptInputs) -> tuple[Tensor, Tensor]:
+        """The encoder's last states (B, L, D), prompt rows among them, padded on the right, and their mask (B, L).
+
+        Args:
+            texts: input_ids or inputs_embeds, and attention_mask or None.
+            prompt_inputs: the prompts that they read.
+        """
+        self.check_inputs(texts)
+        self.check_prompts(prompt_inputs)
+        batch, mask = _given(texts, ""), texts.get("attention_mask")
+        values = {} if mask is None else layout.read({"attention_mask": mask})
+        check_values(values)
+        packing = Packing.of_batch(tuple(batch.shape[:2]), values.get("attention_mask"))
+        self._check_segments(packing, prompt_inputs)
+        output, _ = self.encode(texts, packing, prompt_inputs)
+        rows = 0 if prompt_inputs.prompt is None else prompt_inputs.prompt.shape[1]
+        lengths = np.diff(packing.cu_seqlens) + rows
+        there = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        index = layout.tensor_on(np.flatnonzero(there), batch.device)
+        states = padded_rows(output.last_hidden_state[0], index, there.shape)
+        return states, layout.tensor_on(there.astype(np.int64), batch.device)
+
+    def decode_inputs(self, inputs: dict, plan: Plan, packing: Packing, keys: Plan, given: PromptInputs) -> tuple:
+        """What the model is handed beside the encoder's output, and the rows of its decoder's table of positions."""
+        stack, batch = self.decoder, _given(inputs, "decoder_")
+        name = "decoder_input_ids" if batch is inputs.get("decoder_input_ids") else "decoder_inputs_embeds"
+        rows = packed_rows(batch, plan)
+        ids = rows if name == "decoder_input_ids" else None
+        prefix = self.decoder_prefix(given)
+        longest = packing.longest + (given.position_offset if prefix else 0)
+        places = stack.position_rows(plan.positions, plan.cu_seqlens, ids, longest)
+        bounds = keys.cu_seqlens if keys.cu_seqlens_rows is None else keys.cu_seqlens_rows
+        own = stack.make_pass(plan.cu_seqlens, prefix, plan.prompt_index, bounds)
+        others = {name: x for name, x in inputs.items() if name not in _OF_BATCH}
+        prepared = _prepared(batch.device)["attention_mask"]
+        masks = {"attention_mask": prepared, "decoder_attention_mask": prepared}
+        return others | masks | {name: rows.unsqueeze(0), "fastprompt_pass": own, "use_cache": False}, places
+
+
+_OF_BATCH = (
+    *("input_ids", "attention_mask", "inputs_embeds", "num_items_in_batch", "token_type_ids"),
+    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", *(name for name, _ in _NOT_TAKEN)),
+)
+
+
+class _Forward:
+    """One call: both passes, and what is made of the head's output."""
+
+    def __init__(
+        self,
+        packed: PackedEncoderDecoder,
+        packings: Packings,
+        given: PromptInputs,
+        labels: Tensor | None,
+        all_logits: bool,
+        label_smoothing: float,
+    ) -> None:
+        self.packed, self.model, self.packings, self.given = packed, packed.model, packings, given
+        self.labels, self.all_logits, self.label_smoothing = labels, all_logits, label_smoothing
+        head = self.model.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+        bias = getattr(self.model, "final_logits_bias", None)
+        self.from_states = labels is not None and not all_logits and plain and (bias is None or _is_zero(bias))
+
+    def run(self, inputs: dict):
+        packed, packings, given = self.packed, self.packings, self.given
+        device, items = _given(inputs, "").device, inputs.get("num_items_in_batch")
+        packing = packings.decoder(self.all_logits)
+        encoded, keys = packed.encode(inputs, packings.encoder, given)
+        plan = packed.plan_decoder(packing, given, device)
+        handed, places = packed.decode_inputs(inputs, plan, packing, keys, given)
+        targets = places_of = None
+        if self.labels is not None:
+            labelled = np.flatnonzero(packings.labels.reshape(-1)[packing.index] != NO_LABEL)
+            places_of, places_there = layout.tensor_on(np.stack([labelled, packing.index[labelled]]), device)
+            targets = self.labels.flatten().index_select(0, places_there)
+        states = None  # of the labelled rows, as the head is given them: T5 scales them before
+
+        def picked(output):
+            if not self.all_logits:
+                output.last_hidden_state = output.last_hidden_state.index_select(1, places_of)
+            return output
+
+        def no_logits(given: Tensor) -> Tensor:
+            nonlocal states
+            states = given[0]
+            return given.new_empty(1, 0, len(head.weight))
+
+        head, decoder = self.model.get_output_embeddings(), packed.decoder.module
+        forward = decoder.forward
+        with ExitStack() as during:
+            during.enter_context(packed.decoder.placed(places))
+            during.enter_context(stand_in(decoder, lambda *args, **kwargs: picked(forward(*args, **kwargs))))
+            if self.from_states:
+                during.enter_context(stand_in(head, no_logits))
+            output = self.model(encoder_outputs=encoded, **handed)
+        loss, logits = None, output.logits[0]
+        if self.labels is not None:
+            wanted = logits.index_select(0, places_of) if self.all_logits else logits
+            loss = self._loss(states, wanted, targets, items)
+        output.loss = loss
+        output.logits = padded_rows(logits, plan.index, packings.shape) if self.all_logits else None
+        self._unpack(output, plan, keys)
+        return type(output)(
+            **{each.name: getattr(output, each.name) for each in fields(output)}
+        )  # without what is None
+
+    def _loss(self, states: Tensor | None, logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+        if self.from_states:
+            weight, options = self.model.get_output_embeddings().weight, {"label_smoothing": self.label_smoothing}
+            total = linear_cross_entropy(states.to(weight.dtype), weight, targets, **options)
+        else:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        items = len(targets) if items is None else items
+        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+    def _unpack(self, output, plan: Plan, keys: Plan) -> None:
+        """Hidden states of the batch's own shapes, zero where nothing stands."""
+        encoder, decoder = self.packings.encoder.shape, self.packings.shape
+
+        def of_encoder(x: Tensor) -> Tensor:
+            text = x[0] if keys.token_rows is None else x[0].index_select(0, keys.token_rows)
+            return padded_rows(text, keys.index, encoder)
+
+        output.encoder_last_hidden_state = of_encoder(output.encoder_last_hidden_state)
+        if output.encoder_hidden_states is not None:
+            output.encoder_hidden_states = tuple(map(of_encoder, output.encoder_hidden_states))
+        if output.decoder_hidden_states is not None:
+            padded = (padded_rows(x[0], plan.index, decoder) for x in output.decoder_hidden_states)
+            output.decoder_hidden_states = tuple(padded)
+
+
+def _both(encoder: Geometry, decoder: Geometry) -> Geometry:
+    """What prompts must fit: prompt rows stand in each of the encoder's segments, prefixes are the decoder's first."""
+    same = (encoder.kv_heads, encoder.head_dim) == (decoder.kv_heads, decoder.head_dim)
+    tables = [side.positions for side in (encoder, decoder) if side.positions is not None]
+    beyond = encoder.layers if same else 0
+    return replace(decoder, is_causal=False, positions=min(tables, default=None), encoder_layers=beyond)
+
+
+def _given(inputs: dict, side: str) -> Tensor | None:
+    ids = inputs.get(f"{side}input_ids")
+    return ids if ids is not None else inputs.get(f"{side}inputs_embeds")
+
+
+def _prepared(device: torch.device) -> dict[str, Tensor]:
+    """A mask of four dimensions is taken by transformers as prepared: it builds none of its own."""
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
+
+
+def _with_prompt(stack: Stack, inputs: dict, plan: Plan, given: PromptInputs) -> Tensor:
+    """(R, E): the prompt's rows and the embeddings of the tokens, segment after segment."""
+    if inputs.get("input_ids") is not None:
+        table, ids = stack.embedding.weight, packed_rows(inputs["input_ids"], plan)
+        scale = scale_of(stack.embedding)
+    else:
+        table, ids, scale = inputs["inputs_embeds"].flatten(0, 1), plan.index, 1.0
+        ids = torch.arange(len(table), device=table.device) if ids is None else ids
+    options = {"prompt_index": plan.prompt_index, "per_segment": True, "scale": scale}
+    return pack_prompt(table, ids, plan.cu_seqlens, given.prompt.to(table.dtype), **options)
+
+
+def _is_zero(bias: Tensor) -> bool:
+    """Whether a bias of logits, which a frozen model keeps, changes nothing."""
+    if bias not in _ZEROS:
+        _ZEROS[bias] = not layout.read({"final_logits_bias": (bias != 0).any()})["final_logits_bias"].any()
+    return _ZEROS[bias]
