@@ -14,13 +14,13 @@ def cases(names: Sequence[str] = GROUPS, *, quick: bool = False) -> list[Case]:
     Raises:
         ValueError: no case has such a name.
     """
-    from . import alignment, attention, packing, pooling, step
+    from . import alignment, attention, packing, pooling, seq2seq, step
 
-    modules = dict(zip(GROUPS, (attention, alignment, packing, pooling, step), strict=True))
+    modules = dict(zip(GROUPS, ((attention,), (alignment,), (packing,), (pooling,), (step, seq2seq)), strict=True))
     found = []
     for name in names:
-        group = modules.get(name.partition("/")[0])
-        fitting = [case for case in group.cases() if f"{case.name}/".startswith(name)] if group else []
+        group = [case for module in modules.get(name.partition("/")[0], ()) for case in module.cases()]
+        fitting = [case for case in group if f"{case.name}/".startswith(name)]
         if not fitting:
             raise ValueError(f"names must be of {GROUPS}, or begin the name of a case, got {name!r}")
         found += [case for case in fitting if case.quick or not quick]
