@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from helpers import VOCABULARY, build
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
@@ -49,6 +49,7 @@ class Emulated(TorchDispatchMode):
         return output
 
     @torch.no_grad()
+    @_disable_current_modes()
     def replay(self) -> None:
         for function, args, kwargs, output in self.tape:
             again = function(*args, **kwargs)
@@ -152,6 +153,25 @@ def test_steps_are_those_of_the_batches_own_shapes(family, auto, kind, config, g
             torch.testing.assert_close(found[1][name], expected, rtol=1e-10, atol=1e-12)
     assert all(torch.equal(kept, was) for kept, was in losses)
     assert graphs.recorded == 4 + 2 * bool(own)  # forward and backward, of each bucket and number of prompts
+
+
+class Dispatched(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_left_beside_the_graphs_does_not_grow_with_the_layers(graphs):
+    counts = []
+    for layers in (1, 3):
+        model, batch = model_of("llama", LM, "prefix", backbone={"num_hidden_layers": layers}), batch_of((5, 2, 7))
+        step(model, batch)
+        with Dispatched() as dispatched:
+            model(**batch).loss.backward()
+        counts.append(dispatched.count)
+    assert counts[0] == counts[1] < 30
 
 
 def test_with_the_attention_of_a_gpu(graphs, monkeypatch):

@@ -117,10 +117,14 @@ def test_results_are_those_without_the_packing(family, kind):
         assert all(map(torch.equal, results[0], other))
 
 
-def test_through_a_trainer(tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "segments"),
+    [({}, [2, 2, 2, 2, 4]), ({"max_tokens": [8, 16], "max_samples": 4, "max_labels": 12}, [5] * 5)],
+)
+def test_through_a_trainer(shape, segments, tmp_path):
     data, model = (
         features(),
-        PromptModel(build("llama", "AutoModelForCausalLM", torch.float32), PromptConfig("prompt", 3)),
+        PromptModel(build("llama", "AutoModelForCausalLM", torch.float32), PromptConfig("prompt", 3), cuda_graphs=True),
     )
     arguments = transformers.TrainingArguments(
         *(str(tmp_path),), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, disable_tqdm=True,
@@ -130,10 +134,10 @@ def test_through_a_trainer(tmp_path):
     model.forward = lambda **inputs: seen.append(inputs["packing"].segments) or forward(**inputs)
     model.forward.__wrapped__ = forward  # the Trainer looks at its signature
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=data, eval_dataset=data, data_collator=PackingCollator()
+        model, arguments, train_dataset=data, eval_dataset=data, data_collator=PackingCollator(**shape)
     )
     assert trainer.train().training_loss > 0 and trainer.evaluate()["eval_loss"] > 0
-    assert seen == [2, 2, 2, 2, 4]
+    assert seen == segments
 
 
 @pytest.mark.parametrize(
