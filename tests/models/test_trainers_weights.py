@@ -97,6 +97,15 @@ def test_weights_nowhere():
         PromptModel(backbone, PromptConfig("prefix", P))
 
 
+def test_weights_on_several_devices():
+    backbone = build("llama", CLM)
+    backbone.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match=r"backbone must be on one device, .*hf_device_map with \['0', '1'\]"):
+        PromptModel(backbone, PromptConfig("prefix", P))
+    with pytest.raises(ValueError, match="backbone must be on one device"):
+        model_of("fused prompt", backbone)
+
+
 class Opaque(torch.Tensor):
     """A weight that can be multiplied by as a layer does it, and in no other way, as those that are quantised."""
 

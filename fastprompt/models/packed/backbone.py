@@ -70,6 +70,12 @@ class PackedBackbone:
         if not isinstance(model, PreTrainedModel):
             # A wrapper, such as a PeftModel of LoRA, has another base model than the one that its heads call.
             raise TypeError(f"backbone must be a transformers model, got {type(model).__name__}")
+        placed = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+        if len(placed) > 1:
+            raise ValueError(
+                "backbone must be on one device, beside what is offloaded to the CPU or a disk: a packed pass is not "
+                f"handed from one to another, got hf_device_map with {sorted(map(str, placed))}"
+            )
         self.geometry = geometry(model)
         self.model, self.base = model, base_of(model)
         output_embeddings = model.get_output_embeddings() is not None
