@@ -85,8 +85,10 @@ def model_of(family: str, maker: str):
         model = PromptModel(backbone, PromptConfig(kind, P))
         model.add_prompt("cy")
         return model.train()
-    config = peft.PrefixTuningConfig if kind == "prefix" else peft.PromptTuningConfig
-    return fastprompt.fuse(peft.get_peft_model(backbone, config(task_type=task, num_virtual_tokens=P))).train()
+    config, more = peft.PrefixTuningConfig if kind == "prefix" else peft.PromptTuningConfig, {}
+    if kind == "multitask":
+        config, more = peft.MultitaskPromptTuningConfig, {"num_tasks": 2}
+    return fastprompt.fuse(peft.get_peft_model(backbone, config(task_type=task, num_virtual_tokens=P, **more))).train()
 
 
 def batches(family: str) -> dict[str, dict]:
@@ -139,9 +141,10 @@ def test_a_step_with_the_operators_of_a_cpu(family, reads):
     check(family, "prompt", reads)
 
 
-def test_prompt_ids_on_the_device_are_read_with_the_rest(gpu_path, reads):
-    given, model = batches("llama"), model_of("llama", "prefix")
-    ids = {"prompt_ids": torch.tensor([0, 1, 1, 0])}
+@pytest.mark.parametrize("maker", ["prefix", "fused multitask"])
+def test_prompt_ids_on_the_device_are_read_with_the_rest(maker, gpu_path, reads):
+    given, model = batches("llama"), model_of("llama", maker)
+    ids = {"task_ids" if "multitask" in maker else "prompt_ids": torch.tensor([0, 1, 1, 0])}
     del given["filled up"]  # it has other segments
     with FakeTensorMode() as mode:
         without_values(mode, model)
