@@ -17,6 +17,9 @@ if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
 
 from fastprompt.ops import alignment_loss, prefix_attention, segment_mean  # noqa: E402
 from fastprompt.ops._triton import INTERPRETED  # noqa: E402
+from fastprompt.ops.alignment import triton as alignment  # noqa: E402
+from fastprompt.ops.prefix_attention import triton as attention  # noqa: E402
+from fastprompt.ops.segment_pool import triton as pool  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -88,3 +91,47 @@ def test_what_200_random_batches_compile():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == VARIANTS.keys()
     assert {name: count for name, count in found.items() if count > VARIANTS[name]} == {}
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attend(tokens=2**17, segments=2**17, entries=1, prefix=4, dtype=torch.bfloat16):
+    rows, bank = empty(tokens, 8, 128, dtype=dtype), empty(entries, 8, prefix, 128, dtype=dtype)
+    bounds, index = empty(segments + 1, dtype=torch.int32), None if entries == 1 else empty(segments, dtype=torch.int64)
+    tensors, options = (rows, rows, rows, bank, bank), (bounds, index, None, False, 0.125, None, None, False, 0.0, 0)
+    out, _, *saved = attention._forward(*tensors, *options)
+    attention._backward(rows, *tensors, out, *saved, *options, True, True, True)
+
+
+def align(distance, rows):
+    rows, weight = empty(rows, 384), empty(384, 384)
+    needs = [distance != "cosine"] * 3 + [False] * 2
+    alignment._compute(rows, rows, weight, None, None, None, "l2", distance, 0.05, "mean", needs)
+
+
+LARGE = {
+    "tokens": lambda: attend(tokens=2**22, segments=4),
+    "segments": attend,
+    "entries": lambda: attend(entries=2**14),
+    "prefix": lambda: attend(prefix=2**23, dtype=torch.float32),
+    "cosine": lambda: align("cosine", 2**22),
+    "infonce": lambda: align("infonce", 2**15),
+    "pool": lambda: pool._pool(empty(2**22, 384), empty(2**21 + 1, dtype=torch.int32), 0),
+    "spread": lambda: pool._spread(empty(2**21, 384), empty(2**21 + 1, dtype=torch.int32), 2**22, 0),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_grids_of_large_inputs(name, monkeypatch):
+    """CUDA takes up to 2**31 - 1 programs on x, and 65535 on y and on z."""
+    grids = []
+
+    def stub(kernel, grid):
+        grids.append(grid)
+        return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(type(attention.launches.prefix_kernels.prefix_kernel), "__getitem__", stub)
+    LARGE[name]()
+    assert grids and all(grid[0] < 2**31 and max(grid[1:], default=1) < 2**16 for grid in grids), grids

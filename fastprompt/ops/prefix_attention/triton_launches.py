@@ -259,9 +259,9 @@ class PrefixSums:
         entries, kv_heads, prefix, features = prefix_key.shape
         self.rows = tokens * group
         self.config = configuration("columns", features, prefix_key.dtype, self.rows, prefix)
-        self.tiles = cdiv(prefix, self.config["COLUMNS"]), entries * kv_heads
+        self.tiles = cdiv(prefix, self.config["COLUMNS"]) * entries * kv_heads
         row_tiles = cdiv(self.rows, self.config["ROWS"])
-        splits = max(1, min(programs(prefix_key.device) // (self.tiles[0] * self.tiles[1]), row_tiles // 2))
+        splits = max(1, min(programs(prefix_key.device) // self.tiles, row_tiles // 2))
         self.rows_per_split = cdiv(row_tiles, splits) * self.config["ROWS"]
         self.splits, self.parts, self.count = splits, splits + is_prompt, entries * kv_heads * prefix * features
         self.partial = None
@@ -276,7 +276,7 @@ class PrefixSums:
         """Fill `grads`, of prefix_key and prefix_value, or the prompt's rows of those of key and value."""
         tensors, options = run.tensors, run.options
         parts = grads if self.partial is None else self.partial
-        prefix_kernels.prefix_kernel[(*self.tiles, self.splits)](
+        prefix_kernels.prefix_kernel[(self.tiles, self.splits)](
             *(run.grad, tensors.query, tensors.prefix_key, tensors.prefix_value, run.places, tensors.seed),
             *(run.peak_sum, run.delta, parts[0], parts[1], run.grad.stride()[:-1]),
             *(_strides(tensors.query, tensors.prefix_key, tensors.prefix_value), self.rows, self.rows_per_split),

@@ -56,22 +56,24 @@ def prefix_kernel(
     A prefix is columns to the rows of all segments alike, so tiles of rows go across segments. Which rows read another
     prefix of a bank, or are too far behind, `places` tells; None: all read the first, and see all of it.
 
-    Grid: (tiles of P, N * Hkv, splits).
+    Grid: (tiles of P * N * Hkv, splits).
     """
     before = 0
     if PROMPT:
         before = prefix
     query_strides, prefix_key_strides, prefix_value_strides = strides
-    entry, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    tiles = tl.cdiv(prefix, COLUMNS)
+    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    entry, kv_head = pair // kv_heads, pair % kv_heads
     wide = kv_head.to(tl.int64)
-    first_column = tl.program_id(0) * COLUMNS - prefix
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first_column = tile * COLUMNS - prefix
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     there = column < prefix
     key_offset = row_offsets(entry, wide, prefix_key_strides) + column.to(tl.int64) * prefix_key_strides[2]
     value_offset = row_offsets(entry, wide, prefix_value_strides) + column.to(tl.int64) * prefix_value_strides[2]
     k = load_rows(prefix_key, key_offset, there, FEATURES, FEATURES_BLOCK)
     v = load_rows(prefix_value, value_offset, there, FEATURES, FEATURES_BLOCK)
-    first = tl.program_id(2) * rows_per_split
+    first = tl.program_id(1) * rows_per_split
     end = tl.minimum(first + rows_per_split, rows)
     last_column = first_column + COLUMNS - 1
     if places is None:
@@ -94,18 +96,18 @@ def prefix_kernel(
         if places is not None:
             valid = reads(places, token, valid, entry, last_column, reach)
             position = tl.load(places + 2 * token + 1, mask=valid, other=0)
-        tile = load_tile(
+        loaded = load_tile(
             *(grad, query, peak_sum, delta, grad_strides, query_strides, token, head, kv_heads * GROUP),
             *(valid, scale, own_rows, FEATURES, FEATURES_BLOCK),
         )
         sums_key, sums_value = add_rows(
-            *(sums_key, sums_value, k, v, tile, token * kv_heads * GROUP + head, position, first_column),
+            *(sums_key, sums_value, k, v, loaded, token * kv_heads * GROUP + head, position, first_column),
             *(seed, 0, prefix, scale, reach, softcap, dropout_p, False, PRECISION, ROWS, COLUMNS),
         )
-    block = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    block = (tl.program_id(1) * (tl.num_programs(0) // tiles) + pair).to(tl.int64)
     written = (block * prefix + column) * FEATURES
     if PROMPT:
-        written = ((tl.program_id(2).to(tl.int64) * prefix + column) * kv_heads + kv_head) * FEATURES
+        written = ((tl.program_id(1).to(tl.int64) * prefix + column) * kv_heads + kv_head) * FEATURES
     store_rows(grad_prefix_key, written, there, sums_key * scale, FEATURES, FEATURES_BLOCK)
     store_rows(grad_prefix_value, written, there, sums_value, FEATURES, FEATURES_BLOCK)
 
