@@ -110,8 +110,7 @@ def attention(
     backend, dtype, how, segments, heads, features, prefix, bank, index, index_layout, is_causal, window,
     scale, softcap, bias, keys, in_window, prompt_rows, size, **common,
 ):  # fmt: skip
-    bias = bias if backend == "native" else None
-    keys = keys if backend != "triton" else None
+    bias = bias if backend != "cpu" else None
     if keys is not None:  # with others it is refused
         keys, is_causal, window, bias = [*keys, *[0] * len(segments)][: len(segments)], False, None, None
     prompt_rows = prompt_rows if is_causal else 0

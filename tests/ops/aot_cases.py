@@ -31,6 +31,8 @@ ATTENTION = {  # is_causal, window, softcap, prefix_in_window, dropout_p, H / Hk
     "softcap": (True, 64, 50.0, False, 0.0, 1, 1, 0),
     "prompt": (True, None, None, False, 0.0, 4, 1, 16),
     "dropout": (False, None, None, False, 0.1, 1, 1, 0),
+    "bias": (True, None, None, False, 0.0, 1, 1, 0),  # and a bias
+    "cross": (False, None, None, False, 0.0, 1, 1, 0),  # and bounds of the keys
 }
 
 WIDTHS = (384, 768, 1024)
@@ -49,10 +51,10 @@ def cases() -> Iterator[Case]:
     for dtype, features, length, name in product(DTYPES, HEADS, LENGTHS, ATTENTION):
         if name == "causal" or (features in (64, 128) and length == "long"):
             strict = dtype != torch.float32 and features in (64, 128)
-            call = partial(call_prefix_attention, dtype, features, LENGTHS[length], ATTENTION[name])
+            call = partial(call_prefix_attention, dtype, features, LENGTHS[length], name)
             yield f"attention {str(dtype)[6:]:8} {features:<4} {length:5} {name:8}", strict, call
     for features, name in product((64, 128, 256), ("causal", "bank", "window", "prompt")):
-        call = partial(call_prefix_attention, torch.bfloat16, features, LENGTHS["long"], ATTENTION[name], True)
+        call = partial(call_prefix_attention, torch.bfloat16, features, LENGTHS["long"], name, True)
         yield f"attention bfloat16 {features:<4} flash {name:8}", features < 256, call
     for dtype, features, rows, name in product(DTYPES, WIDTHS, ROWS, ALIGNMENT):
         call = partial(call_alignment_loss, dtype, features, ROWS[rows], ALIGNMENT[name])
@@ -60,9 +62,9 @@ def cases() -> Iterator[Case]:
     yield from elementwise_cases()
 
 
-def call_prefix_attention(dtype, features, lengths, options, beside_flash: bool = False) -> None:
+def call_prefix_attention(dtype, features, lengths, name, beside_flash: bool = False) -> None:
     """One forward and backward."""
-    is_causal, window, softcap, prefix_in_window, dropout_p, group, entries, prompt_rows = options
+    is_causal, window, softcap, prefix_in_window, dropout_p, group, entries, prompt_rows = ATTENTION[name]
     tokens, prefix = lengths
     segments, kv_heads = 8, 2
     query = torch.empty(segments * tokens, kv_heads * group, features, dtype=dtype, device="meta")
@@ -77,7 +79,8 @@ def call_prefix_attention(dtype, features, lengths, options, beside_flash: bool 
         flash._backward(query, *tensors, *flash._forward(*tensors, *common), *common, True, True, True)
         return
     options = (is_causal, 0.125, window, softcap, prefix_in_window, dropout_p, prompt_rows)
-    common = (cu_seqlens, prefix_index, seed, *options)
+    bias = torch.empty(kv_heads * group, 513, device="meta") if name == "bias" else None
+    common = (cu_seqlens, prefix_index, seed, bias, cu_seqlens if name == "cross" else None, *options)
     out, _, *saved = prefix_attention._forward(*tensors, *common)
     prefix_attention._backward(query, *tensors, out, *saved, *common, True, True, True)
 

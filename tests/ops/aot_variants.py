@@ -26,10 +26,11 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def call_attention(tokens: int, segments: int, prompt_rows: int, window: int | None) -> None:
+def call_attention(tokens: int, segments: int, prompt_rows: int, window: int | None, bias_columns: int = 0) -> None:
     query, key = empty(tokens, HEADS, FEATURES), empty(tokens, KV_HEADS, FEATURES)
     bank = empty(1, KV_HEADS, 0 if prompt_rows else PREFIX, FEATURES)
-    common = (empty(segments + 1, dtype=torch.int32), None, None)
+    bias = empty(HEADS, bias_columns, dtype=torch.float32) if bias_columns else None
+    common = (empty(segments + 1, dtype=torch.int32), None, None, bias, None)
     options = (True, 0.125, window, None, window is not None, 0.0, prompt_rows)
     out, _, *saved = attention._forward(query, key, key, bank, bank, *common, *options)
     for needs in ((True, True, True), (False, False, True)):
@@ -68,6 +69,7 @@ def main() -> None:
         for window in (None, 32):
             call_attention(tokens, segments, 0, window)
             call_attention(tokens + PREFIX, segments, PREFIX, window)
+        call_attention(tokens, segments, 0, None, 2 * draw.randint(1, 200) + 1)
         for distance in ("cosine", "infonce+cosine"):
             call_alignment(segments if n % 2 else tokens, distance)
         call_pool(tokens, segments)

@@ -69,9 +69,10 @@ def test_the_operator_is_dispatched_only_to_who_watches(name):
 
 
 # Tiles have up to three sizes by the mean segment's length, and four by the rows of an alignment; "infonce" pairs six.
-# Attention is called with and without a prompt and a window, the alignment with and without weights of rows.
+# Attention is called with and without a prompt and a window, and with a bias; the alignment with and without weights of
+# rows.
 VARIANTS = {
-    **dict.fromkeys(["forward_kernel", "query_kernel", "key_value_kernel", "prefix_kernel"], 3 * 4),
+    **dict.fromkeys(["forward_kernel", "query_kernel", "key_value_kernel", "prefix_kernel"], 3 * 5),
     **dict.fromkeys(["delta_kernel", "sum_splits_kernel"], 1),
     "sums_kernel": 4,
     "row_kernel": 3,
@@ -100,9 +101,10 @@ def empty(*shape, dtype=torch.bfloat16):
 def attend(tokens=2**17, segments=2**17, entries=1, prefix=4, dtype=torch.bfloat16):
     rows, bank = empty(tokens, 8, 128, dtype=dtype), empty(entries, 8, prefix, 128, dtype=dtype)
     bounds, index = empty(segments + 1, dtype=torch.int32), None if entries == 1 else empty(segments, dtype=torch.int64)
-    tensors, options = (rows, rows, rows, bank, bank), (bounds, index, None, False, 0.125, None, None, False, 0.0, 0)
-    out, _, *saved = attention._forward(*tensors, *options)
-    attention._backward(rows, *tensors, out, *saved, *options, True, True, True)
+    tensors, options = (rows, rows, rows, bank, bank), (False, 0.125, None, None, False, 0.0, 0)
+    others = bounds, index, None, None, None
+    out, _, *saved = attention._forward(*tensors, *others, *options)
+    attention._backward(rows, *tensors, out, *saved, *others, *options, True, True, True)
 
 
 def align(distance, rows):

@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 python -m pytest <this file>
 
 import itertools
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -163,11 +164,17 @@ def test_long_segments_are_its_own(monkeypatch):
     query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1000, 8, 64))
     long, short = (torch.zeros(n, dtype=torch.int32) for n in (3, 5))
     assert module._mean_is_long(query, long) and not module._mean_is_long(query, short)
-    choose = module._choose
+    choose, few = partial(module._choose, relative_bias=None, cu_seqlens_k=None), torch.empty(0)
     assert choose(None, query, None, 0.0, True) == choose("flash", query, None, 0.0, False) == "flash"
     assert choose(None, query, None, 0.0, False) == choose(None, query, 5.0, 0.0, True) == "triton"
     for other in (dict(dtype=torch.float32), dict(shape=(1000, 8, 60))):
         assert choose(None, SimpleNamespace(**{**vars(query), **other}), None, 0.0, True) == "triton"
+    for name in "relative_bias", "cu_seqlens_k":
+        assert choose(None, query, None, 0.0, True, **{name: few}) == "triton"
+        assert choose("triton", query, None, 0.0, True, **{name: few}) == "triton"
+        for backend in "flash", "native":
+            with pytest.raises(ValueError, match=f"'{backend}' has no {name} on cuda; 'triton' and 'reference' have"):
+                choose(backend, query, None, 0.0, True, **{name: few})
 
 
 def test_what_is_refused():

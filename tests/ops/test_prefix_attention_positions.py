@@ -15,12 +15,17 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from fastprompt import _native
 from fastprompt.bench.flops import count_flops
 from fastprompt.ops import prefix_attention
+from fastprompt.ops.prefix_attention import HAS_TRITON
 
+if HAS_TRITON:
+    from fastprompt.ops._triton import INTERPRETED
 NATIVE = ["native"] if _native.available("cpu") else []
+TRITON = ["triton"] * (HAS_TRITON and INTERPRETED)  # in float32, and few cases: the interpreter takes its time
 BACKENDS = [*NATIVE, "reference"]
-ROWS = [[0, 5, 0, 31, 1], [97], [4, 4, 9], [0, 0], [3, 0, 70], []]
-KEYS = [[7, 5, 0, 60, 0], [130], [0, 0, 0], [3, 1], [1, 130, 40], []]
+ROWS = [[0, 5, 0, 31, 1], [97], [4, 4, 9], [0, 0], [3, 0, 70], [], [2, 0, 3]]
+KEYS = [[7, 5, 0, 60, 0], [130], [0, 0, 0], [3, 1], [1, 130, 40], [], [0, 4, 5]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+WIDEST = {"triton": torch.float32}
 
 
 def cross(lengths, key_lengths, *shape, **where):
@@ -54,10 +59,12 @@ def test_cross_attention(backend, dtype, lengths, key_lengths, prefix, options):
     check(cross(lengths, key_lengths, prefix, 24, (6, 2), dtype=dtype), backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu", *TRITON])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths, key_lengths", list(zip(ROWS, KEYS, strict=True)), ids=str)
 def test_rows_without_keys(backend, dtype, lengths, key_lengths):
+    if backend == "triton" and (dtype != torch.float32 or sum(lengths) > 20):
+        pytest.skip("the interpreter takes its time")
     args = cross(lengths, key_lengths, 0, 16, (4, 2), dtype=dtype)
     out, lse = prefix_attention(**args, return_lse=True, backend=backend)
     grads = dict(zip(NAMES, gradients(out, args, torch.ones_like(out)), strict=True))
@@ -122,11 +129,14 @@ def test_it_is_alibi(backend):
     torch.testing.assert_close(gradients(got, args, grad), gradients(want, args, grad))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 @pytest.mark.parametrize("window, in_window", [(None, False), (4, True)])
 def test_prompt_rows_with_a_bias(backend, window, in_window):
     """Each segment's rows are as if the prompt's stood before them."""
-    args, lengths = inputs([5, 3, 0, 20], 0, 16, (4, 2), index=None, bank=1), [3, 0, 20]
+    if backend == "triton" and not in_window:
+        pytest.skip("the interpreter takes its time")
+    dtype = WIDEST.get(backend, torch.float64)
+    args, lengths = inputs([5, 3, 0, 20], 0, 16, (4, 2), index=None, bank=1, dtype=dtype), [3, 0, 20]
     leaves, bias = [args[name] for name in NAMES[:3]], randn(4, 9)
     options = dict(is_causal=True, window=window, prefix_in_window=in_window, relative_bias=bias)
     got = prefix_attention(*leaves, None, None, int32([0, 3, 3, 23]), prompt_rows=5, backend=backend, **options)
@@ -151,22 +161,24 @@ def both(dtype=torch.float64):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_every_subset_of_requires_grad(backend):
-    for args, options in both():
+    subsets = [names for n in range(1, 6) for names in itertools.combinations(NAMES, n)]
+    if backend == "triton":
+        subsets = [("value",), ("prefix_key",)]
+    for args, options in both(WIDEST.get(backend, torch.float64)):
         out = prefix_attention(**args, **options, backend="reference")
         grads = dict(zip(NAMES, gradients(out, args, grad := torch.randn_like(out)), strict=True))
-        for trains in [names for n in range(1, 6) for names in itertools.combinations(NAMES, n)]:
+        for trains in subsets:
             leaves = args | {name: args[name].detach().requires_grad_(name in trains) for name in NAMES}
             prefix_attention(**leaves, **options, backend=backend).backward(grad)
             for name in NAMES:
                 torch.testing.assert_close(leaves[name].grad, grads[name] if name in trains else None)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend, layout", [*itertools.product(BACKENDS, LAYOUTS), *((x, "sliced") for x in TRITON)])
 def test_layouts(backend, layout):
-    for args, options in both():
+    for args, options in both(WIDEST.get(backend, torch.float64)):
         args = in_layouts(args, layout)
         if "cu_seqlens_k" in args and layout == "expanded":
             args["cu_seqlens_k"] = int32([0, 2, 9, 9, 13])
@@ -174,9 +186,9 @@ def test_layouts(backend, layout):
         check(args, lambda x: in_layout(torch.randn_like(x), layout), backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_dropout(backend):
-    for args, options in both():
+    for args, options in both(WIDEST.get(backend, torch.float64))[backend == "triton" :]:
         outs = []
         for _ in range(2):
             torch.manual_seed(5)
@@ -188,16 +200,23 @@ def test_dropout(backend):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference has second derivatives")
-def test_second_derivatives_and_no_values():
+def test_second_derivatives():
     for args, options in both(torch.float32):
         leaves = [args[name] for name in NAMES]
         first = torch.autograd.grad(prefix_attention(**args, **options).sum(), leaves, create_graph=True)
         with pytest.raises(RuntimeError, match="prefix_attention has no second derivative"):
             first[0].sum().backward()
+
+
+@pytest.mark.parametrize("backend", [*NATIVE, *TRITON])
+def test_tensors_without_values(backend):
+    for args, options in both(torch.float32):
         for move in FakeTensorMode().from_tensor, lambda x: x.detach().to("meta").requires_grad_(x.requires_grad):
-            fakes, moved = ({name: move(x) for name, x in each.items()} for each in (args, options))
+            fakes, moved = (
+                {name: move(x) for name, x in each.items() if isinstance(x, torch.Tensor)} for each in (args, options)
+            )
             leaves = [fakes[name] for name in NAMES]
-            out = prefix_attention(**fakes, **moved)
+            out = prefix_attention(**fakes, **moved, backend=None if fakes["query"].is_meta else backend)
             assert out.shape == args["query"].shape
             assert [x.shape for x in torch.autograd.grad(out.sum(), leaves)] == [x.shape for x in leaves]
 
@@ -235,13 +254,16 @@ def test_division_among_threads(backend, threads):
         torch.set_num_threads(was)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [*itertools.product(BACKENDS, [torch.float64, torch.float32]), *((x, torch.float32) for x in TRITON)],
+)
 def test_biases_of_any_size(backend, dtype):
     """They hide keys as masks do, or choose one, whatever the scale."""
     args = mapped(inputs([9], 3, 8, (2, 1), dtype=dtype), lambda x: x)
     most = torch.finfo(dtype).max
-    for low, scale in itertools.product((-torch.inf, -most, -1e9), (1e-29, 0.3, 1e30)):
+    sizes = [*itertools.product((-torch.inf, -most, -1e9), (1e-29, 0.3, 1e30))]
+    for low, scale in sizes[1:7:2] if backend == "triton" else sizes:
         table = torch.full((2, 31), low, dtype=dtype)
         table[:, 15] = 0  # a row sees itself alone
         out, lse = prefix_attention(**args, relative_bias=table, scale=scale, return_lse=True, backend=backend)
@@ -287,11 +309,12 @@ def test_bad_input(backend, change, error, match):
 
 
 @pytest.mark.parametrize("backend, change", [
-    ("triton", {"relative_bias": BIAS}), ("triton", {"cu_seqlens_k": int32([0, 3, 7])}),
-    ("cpu", {"relative_bias": BIAS}),
+    ("flash", {"relative_bias": BIAS}), ("flash", {"cu_seqlens_k": int32([0, 3, 7])}), ("cpu", {"relative_bias": BIAS}),
 ])  # fmt: skip
 def test_a_backend_without_them_says_so(backend, change):
-    with pytest.raises(ValueError, match=f"backend '{backend}' has no {next(iter(change))} on cpu; 'reference' has"):
+    with pytest.raises(
+        ValueError, match=f"backend '{backend}' has no {next(iter(change))} on cpu; 'native' and 'reference'"
+    ):
         prefix_attention(**inputs([3, 4]) | change, backend=backend)
 
 

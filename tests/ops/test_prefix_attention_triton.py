@@ -1,6 +1,7 @@
 """The Triton backend of prefix_attention. Without a GPU: TRITON_INTERPRET=1 python -m pytest <this file>."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -101,6 +102,42 @@ def test_against_float64(case, dtype):
     exact, plain = (run(reference.prefix_attention, args, opts, grad, kind) for kind in (torch.float64, dtype))
     got = run(backend.prefix_attention, args, opts, grad, dtype)
     assert got[0].dtype == dtype and got[1].dtype == torch.float32
+    assert_within_budget(got, exact, plain, dtype)
+
+
+SMALL = [7, 0, 1, 9]
+POSITIONS = [  # of CASES, and columns of a table of biases, or lengths of the keys' segments
+    (SMALL, 4, 2, 16, 5, 1, dict(is_causal=True), 9),
+    (SMALL, 2, 1, 20, 20, 3, dict(), 61),
+    ([40], 1, 1, 16, 3, 2, dict(is_causal=True, window=5, prefix_in_window=True), 1),
+    (SMALL, 4, 2, 16, 5, 3, dict(), [3, 4, 20, 0]),
+    ([40], 2, 1, 20, 20, 1, dict(softcap=2.0), [1]),
+    ([0, 0], 2, 1, 16, 3, 1, dict(), [5, 0]),
+]
+LARGE_POSITIONS = [
+    ([384, 97, 1, 0, 130], 8, 2, features, prefix, entries, dict(is_causal=isinstance(more, int)), more)
+    for features, prefix, entries in [(64, 100, 3), (128, 32, 1), (256, 7, 1)]
+    for more in (257, [97, 400, 0, 33, 2])
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "case", [*POSITIONS, *(pytest.param(case, marks=pytest.mark.gpu) for case in LARGE_POSITIONS)], ids=str
+)
+def test_biases_and_other_keys(case, dtype):
+    *shape, chosen, more = case
+    if INTERPRETED and dtype != (torch.float16 if shape[3] == 20 else torch.float32):
+        pytest.skip("the interpreter takes its time")
+    args, opts = inputs(*shape, dtype=dtype), options(shape[3], **chosen)
+    given = {"relative_bias": 3 * torch.randn(shape[1], more, device=DEVICE)} if isinstance(more, int) else {}
+    if not given:
+        keys = torch.randn(2, sum(more), *args[1].shape[1:], device=DEVICE).to(dtype)
+        args[1:3] = keys
+        given["cu_seqlens_k"] = torch.tensor([0, *itertools.accumulate(more)], dtype=torch.int32, device=DEVICE)
+    grad, run_reference = torch.randn_like(args[0]), partial(reference.prefix_attention, **given)
+    exact, plain = (run(run_reference, args, opts, grad, kind) for kind in (torch.float64, dtype))
+    got = run(partial(backend.prefix_attention, **given), args, opts, grad, dtype)
     assert_within_budget(got, exact, plain, dtype)
 
 
@@ -274,7 +311,16 @@ def test_opcheck(chosen):
     for x in args[:5]:
         x.requires_grad_()
     seed = torch.tensor([7], device=DEVICE) if "dropout_p" in chosen else None
-    torch.library.opcheck(backend._prefix_attention, (*args, seed, *options(**chosen), 0))
+    torch.library.opcheck(backend._prefix_attention, (*args, seed, None, None, *options(**chosen), 0))
+
+
+def test_opcheck_of_biases_and_other_keys():
+    args = inputs([3, 0, 2], prefix=2)
+    for x in args[:5]:
+        x.requires_grad_()
+    kinds = "test_schema", "test_autograd_registration", "test_faketensor"
+    for bias, keys in (torch.randn(2, 5, device=DEVICE), None), (None, args[5]):
+        torch.library.opcheck(backend._prefix_attention, (*args, None, bias, keys, *options(), 0), test_utils=kinds)
 
 
 def test_compile():

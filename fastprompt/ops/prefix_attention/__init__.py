@@ -90,8 +90,8 @@ def prefix_attention(
             multiple of 16 up to 128, on GPUs), "triton" (GPUs), "flash" (PyTorch's flash kernels for a segment's own
             rows and Triton for the prefix: NVIDIA GPUs, bfloat16 and float16 with D a multiple of 8, no softcap, no
             dropout), "cpu" (PyTorch's flash kernels, CPU only, no softcap, no dropout) or "reference". Only the last
-            has second derivatives; another raises a RuntimeError where one is asked for. On GPUs `relative_bias` and
-            `cu_seqlens_k` are for "reference", and "cpu" has no `relative_bias`.
+            has second derivatives; another raises a RuntimeError where one is asked for. "flash", and "native" on GPUs,
+            have no `relative_bias` and no `cu_seqlens_k`; "cpu" has no `relative_bias`.
 
     Returns:
         (T, H, D) of query's dtype, or with `return_lse` the pair (output, lse).
@@ -157,9 +157,9 @@ def _choose(backend, query, softcap, dropout_p, is_long, relative_bias, cu_seqle
         if device == "cpu" and plain and relative_bias is None:
             return "cpu"
         # Not "native": it should win where segments are short, but neither has been measured on a GPU yet.
-        if device != "cuda" or few or _why_not_triton(query) is not None:
+        if device != "cuda" or _why_not_triton(query) is not None:
             return "reference"
-        return "flash" if is_long and plain and _why_not_flash(query) is None else "triton"
+        return "flash" if is_long and plain and not few and _why_not_flash(query) is None else "triton"
     devices = {"native": tuple(NATIVE_DTYPES), "cpu": ("cpu",)}.get(backend, (device,))
     if device not in devices:
         raise ValueError(f"backend {backend!r} needs tensors on {' or '.join(devices)}, got {query.device}")
@@ -168,9 +168,10 @@ def _choose(backend, query, softcap, dropout_p, is_long, relative_bias, cu_seqle
             f"backend {backend!r} needs no softcap and no dropout on {device}, "
             f"got softcap={softcap}, dropout_p={dropout_p}"
         )
-    on_gpu = backend in ("triton", "flash") or (backend == "native" and device != "cpu")
-    if few and (on_gpu or (backend == "cpu" and few == "relative_bias")):
-        raise ValueError(f"backend {backend!r} has no {few} on {device}; 'reference' has")
+    without = backend == "flash" or (backend == "native" and device != "cpu")
+    if few and (without or (backend == "cpu" and few == "relative_bias")):
+        other = "native" if device == "cpu" else "triton"
+        raise ValueError(f"backend {backend!r} has no {few} on {device}; {other!r} and 'reference' have")
     if backend == "native" and (reason := _why_not_native(query)):
         raise ValueError(f"backend 'native' {reason}")
     if backend == "triton" and (reason := _why_not_triton(query)):
@@ -258,7 +259,7 @@ def _run(backend, *inputs, prompt_rows=0, relative_bias=None, cu_seqlens_k=None,
     if backend == "triton":
         from . import triton  # here, not at the top: it imports the package triton
 
-        return triton.prefix_attention(*tensors, *options, prompt_rows)
+        return triton.prefix_attention(*tensors, *options, prompt_rows, relative_bias, cu_seqlens_k)
     if backend == "native":
         return native.prefix_attention(*tensors, *options, prompt_rows)
     is_causal, scale, window, _, prefix_in_window, _ = options

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import (
+    biases,
     column_tiles,
     find_tile,
     kept,
     load_peak_sum,
     load_rows,
+    own_columns,
     row_offsets,
     scores,
     source,
@@ -46,8 +48,8 @@ def delta_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["segments", "prefix", "reach", "own_rows"],
-    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"],
+    do_not_specialize=["segments", "prefix", "reach", "own_rows", "bias_columns"],
+    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index", "cu_seqlens_k"],
 )
 def query_kernel(
     grad,
@@ -60,6 +62,8 @@ def query_kernel(
     cu_seqlens,
     prefix_index,
     seed,
+    relative_bias,
+    cu_seqlens_k,
     peak_sum,
     delta,
     grad_query,
@@ -72,6 +76,7 @@ def query_kernel(
     softcap,
     dropout_p,
     own_rows,
+    bias_columns,
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
@@ -104,13 +109,14 @@ def query_kernel(
     entry = segment * 0
     if prefix_index is not None:
         entry = tl.load(prefix_index + segment)
-    keys, prefix_keys = source(key, prefix_key, key_strides, prefix_key_strides, begin, entry, kv_head, prefix)
+    key_begin, key_length = own_columns(cu_seqlens_k, segment, begin, length)
+    keys, prefix_keys = source(key, prefix_key, key_strides, prefix_key_strides, key_begin, entry, kv_head, prefix)
     values, prefix_values = source(
-        value, prefix_value, value_strides, prefix_value_strides, begin, entry, kv_head, prefix
+        value, prefix_value, value_strides, prefix_value_strides, key_begin, entry, kv_head, prefix
     )
     low, high = first_row // GROUP, (first_row + ROWS - 1) // GROUP
     first_tile, prefix_tiles, first_column, tiles = column_tiles(
-        low, high, length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
+        low, high, key_length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
     )
     sums = tl.zeros((ROWS, FEATURES_BLOCK), dtype=tl.float32)
     if own_rows is not None:
@@ -119,7 +125,7 @@ def query_kernel(
         in_prefix = tile < prefix_tiles
         first = tl.where(in_prefix, tile * COLUMNS - prefix, (tile - prefix_tiles) * COLUMNS + first_column)
         column = first + tl.arange(0, COLUMNS)
-        there = column < tl.where(in_prefix, 0, length)
+        there = column < tl.where(in_prefix, 0, key_length)
         k = load_rows(
             tl.where(in_prefix, prefix_keys, keys),
             column.to(tl.int64) * tl.where(in_prefix, prefix_key_strides[2], key_strides[0]),
@@ -135,7 +141,9 @@ def query_kernel(
             FEATURES_BLOCK,
         )
         score, slope = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
-        seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
+        if relative_bias is not None:
+            score += biases(relative_bias, head[:, None], column[None, :] - position[:, None], bias_columns)
+        seen = visible(position[:, None], column[None, :], key_length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
         weight = tl.where(seen, weights(score, unit_of(scale, softcap), peak[:, None], log_sum[:, None]), 0.0)
         grad_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if seed is not None:
@@ -181,15 +189,18 @@ def add_rows(
     v,
     tile,
     row,
+    head,
     position,
     first_column,
     seed,
+    relative_bias,
     length,
     prefix,
     scale,
     reach,
     softcap,
     dropout_p,
+    bias_columns,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -206,9 +217,11 @@ def add_rows(
     """
     q, do, peak, log_sum, row_delta = tile
     score, slope = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
+    column = first_column + tl.arange(0, COLUMNS)
+    if relative_bias is not None:
+        score += biases(relative_bias, head[None, :], column[:, None] - position[None, :], bias_columns)
     weight = weights(score, unit_of(scale, softcap), peak[None, :], log_sum[None, :])
     if CAUSAL or reach is not None:
-        column = first_column + tl.arange(0, COLUMNS)
         weight = tl.where(visible(position[None, :], column[:, None], length, reach, CAUSAL, True), weight, 0.0)
     grad_weight = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     given = weight
@@ -222,7 +235,10 @@ def add_rows(
     return sums_key, sums_value
 
 
-@triton.jit(do_not_specialize=["segments", "prefix", "reach"], do_not_specialize_on_alignment=["cu_seqlens"])
+@triton.jit(
+    do_not_specialize=["segments", "prefix", "reach", "bias_columns"],
+    do_not_specialize_on_alignment=["cu_seqlens", "cu_seqlens_k"],
+)
 def key_value_kernel(
     grad,
     query,
@@ -230,6 +246,8 @@ def key_value_kernel(
     value,
     cu_seqlens,
     seed,
+    relative_bias,
+    cu_seqlens_k,
     peak_sum,
     delta,
     grad_key,
@@ -244,6 +262,7 @@ def key_value_kernel(
     reach,
     softcap,
     dropout_p,
+    bias_columns,
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
@@ -253,19 +272,28 @@ def key_value_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradients (T, Hkv, D) of key and value, one tile of a segment's columns. Grid: (slots, Hkv).
+    """The gradients of key and value, in their shape, one tile of a segment's columns. Grid: (slots, Hkv).
 
     Those of a prompt's rows are one of the sums that sum_splits_kernel adds up, partial_key and partial_value.
     """
     query_strides, key_strides, value_strides = strides
-    _, begin, length, first_column, _ = find_tile(tl.program_id(0), cu_seqlens, segments, prefix, 1, COLUMNS, PROMPT)
-    if first_column >= length:
+    key_bounds = cu_seqlens
+    if cu_seqlens_k is not None:
+        key_bounds = cu_seqlens_k
+    segment, key_begin, key_length, first_column, _ = find_tile(
+        tl.program_id(0), key_bounds, segments, prefix, 1, COLUMNS, PROMPT
+    )
+    if first_column >= key_length:
         return
+    begin, length = key_begin, key_length
+    if cu_seqlens_k is not None:
+        begin = tl.load(cu_seqlens + segment)
+        length = tl.load(cu_seqlens + segment + 1) - begin
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     column = first_column + tl.arange(0, COLUMNS)
-    there = column < length
-    k = load_rows(key, row_offsets(begin + column, kv_head, key_strides), there, FEATURES, FEATURES_BLOCK)
-    v = load_rows(value, row_offsets(begin + column, kv_head, value_strides), there, FEATURES, FEATURES_BLOCK)
+    there = column < key_length
+    k = load_rows(key, row_offsets(key_begin + column, kv_head, key_strides), there, FEATURES, FEATURES_BLOCK)
+    v = load_rows(value, row_offsets(key_begin + column, kv_head, value_strides), there, FEATURES, FEATURES_BLOCK)
     low, end = 0, length
     if reach is not None:
         low = tl.maximum(first_column - reach, 0)
@@ -282,10 +310,11 @@ def key_value_kernel(
             *(row < end * GROUP, scale, None, FEATURES, FEATURES_BLOCK),
         )
         sums_key, sums_value = add_rows(
-            *(sums_key, sums_value, k, v, tile, (begin + position) * kv_heads * GROUP + head, position, first_column),
-            *(seed, length, 0, scale, reach, softcap, dropout_p, CAUSAL, PRECISION, ROWS, COLUMNS),
+            *(sums_key, sums_value, k, v, tile, (begin + position) * kv_heads * GROUP + head, head, position),
+            *(first_column, seed, relative_bias, length, 0, scale, reach, softcap, dropout_p, bias_columns),
+            *(CAUSAL, PRECISION, ROWS, COLUMNS),
         )
-    written = row_offsets(begin + column, kv_head, (kv_heads * FEATURES, FEATURES))
+    written = row_offsets(key_begin + column, kv_head, (kv_heads * FEATURES, FEATURES))
     if PROMPT:
         own = there & (begin + column < prefix)
         store_rows(partial_key, written, own, sums_key * scale, FEATURES, FEATURES_BLOCK)

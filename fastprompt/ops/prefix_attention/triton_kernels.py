@@ -14,8 +14,8 @@ rows): out, lse and the query's gradient hold what has come so far, and lse, (H,
 Where the first rows are a prompt (PROMPT), they are segment 0, which has no prefix; the segments of cu_seqlens, which
 counts from behind them, come after it, and their prefix is the prompt's keys and values.
 
-Arguments that are None (prefix_index, reach, softcap, seed, places, own_rows) and GROUP, FEATURES, ... are constants of
-the compilation.
+Arguments that are None (prefix_index, seed, relative_bias, cu_seqlens_k, reach, softcap, places, own_rows) and GROUP,
+FEATURES, ... are constants of the compilation. relative_bias is divided by `scale`, to be added to products.
 What varies from batch to batch is no reason to compile anew, whether it is a multiple of 16 or not: do_not_specialize.
 """
 
@@ -106,6 +106,23 @@ def scores(product, scale, softcap):
 
 
 @triton.jit
+def biases(relative_bias, head, distance, bias_columns):
+    """What is added to products of queries and keys; both arguments may be several, of one shape when broadcast."""
+    column = tl.minimum(tl.maximum(distance + bias_columns // 2, 0), bias_columns - 1)
+    return tl.load(relative_bias + head.to(tl.int64) * bias_columns + column)
+
+
+@triton.jit
+def own_columns(cu_seqlens_k, segment, begin, length):
+    """Where the keys of a segment of these rows are: (begin, length)."""
+    if cu_seqlens_k is None:
+        return begin, length
+    else:  # not compiled then
+        key_begin = tl.load(cu_seqlens_k + segment)
+        return key_begin, tl.load(cu_seqlens_k + segment + 1) - key_begin
+
+
+@triton.jit
 def unit_of(scale, softcap):
     return scale if softcap is None else softcap
 
@@ -193,8 +210,8 @@ def source(tensor, prefix_tensor, strides, prefix_strides, begin, entry, kv_head
 
 
 @triton.jit(
-    do_not_specialize=["segments", "prefix", "reach", "own_rows"],
-    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index"],
+    do_not_specialize=["segments", "prefix", "reach", "own_rows", "bias_columns"],
+    do_not_specialize_on_alignment=["cu_seqlens", "prefix_index", "cu_seqlens_k"],
 )
 def forward_kernel(
     query,
@@ -205,6 +222,8 @@ def forward_kernel(
     cu_seqlens,
     prefix_index,
     seed,
+    relative_bias,
+    cu_seqlens_k,
     out,
     lse,
     peak_sum,
@@ -217,6 +236,7 @@ def forward_kernel(
     softcap,
     dropout_p,
     own_rows,
+    bias_columns,
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
@@ -246,13 +266,14 @@ def forward_kernel(
     entry = segment * 0
     if prefix_index is not None:
         entry = tl.load(prefix_index + segment)
-    keys, prefix_keys = source(key, prefix_key, key_strides, prefix_key_strides, begin, entry, kv_head, prefix)
+    key_begin, key_length = own_columns(cu_seqlens_k, segment, begin, length)
+    keys, prefix_keys = source(key, prefix_key, key_strides, prefix_key_strides, key_begin, entry, kv_head, prefix)
     values, prefix_values = source(
-        value, prefix_value, value_strides, prefix_value_strides, begin, entry, kv_head, prefix
+        value, prefix_value, value_strides, prefix_value_strides, key_begin, entry, kv_head, prefix
     )
     low, high = first_row // GROUP, (first_row + ROWS - 1) // GROUP
     first_tile, prefix_tiles, first_column, tiles = column_tiles(
-        low, high, length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
+        low, high, key_length, prefix, reach, CAUSAL, PREFIX_IN_WINDOW, COLUMNS
     )
     peak = tl.full((ROWS,), LOWEST, dtype=tl.float32)  # finite: a tile may hide all its columns from a row
     unit = unit_of(scale, softcap)
@@ -272,7 +293,7 @@ def forward_kernel(
         in_prefix = tile < prefix_tiles
         first = tl.where(in_prefix, tile * COLUMNS - prefix, (tile - prefix_tiles) * COLUMNS + first_column)
         column = first + tl.arange(0, COLUMNS)
-        there = column < tl.where(in_prefix, 0, length)
+        there = column < tl.where(in_prefix, 0, key_length)
         k = load_rows(
             tl.where(in_prefix, prefix_keys, keys),
             column.to(tl.int64) * tl.where(in_prefix, prefix_key_strides[2], key_strides[0]),
@@ -288,7 +309,9 @@ def forward_kernel(
             FEATURES_BLOCK,
         )
         score, _ = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
-        seen = visible(position[:, None], column[None, :], length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
+        if relative_bias is not None:
+            score += biases(relative_bias, head[:, None], column[None, :] - position[:, None], bias_columns)
+        seen = visible(position[:, None], column[None, :], key_length, reach, CAUSAL, PREFIX_IN_WINDOW) & there[None, :]
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         weight = tl.exp2((score - higher[:, None]) * (unit * LOG2E))
@@ -299,12 +322,15 @@ def forward_kernel(
             keep = kept(seed, (begin + position) * heads + head, first, prefix, dropout_p, ROWS, COLUMNS)
             weight = tl.where(keep, weight, 0.0)
         sums = tl.dot(weight.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
-    total = tl.where(valid, total, 1.0)  # a row past the end may have seen nothing
+    blind = total == 0.0  # a row past the end, or one without any key
+    total = tl.where(blind, 1.0, total)
     norm = 1.0 / total
     if seed is not None:
         norm = norm / (1.0 - dropout_p)
     store_rows(out, written, valid, sums * norm[:, None], FEATURES, FEATURES_BLOCK)
     log_sum = peak * unit + tl.log2(total) * LN2
+    if relative_bias is not None or cu_seqlens_k is not None:
+        log_sum = tl.where(blind, float("-inf"), log_sum)
     row = (begin + position) * heads + head
     if own_rows is None:
         tl.store(lse + row, log_sum, mask=valid)

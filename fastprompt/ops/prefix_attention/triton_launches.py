@@ -68,6 +68,8 @@ class Tensors(NamedTuple):
     cu_seqlens: Tensor
     prefix_index: Tensor | None
     seed: Tensor | None
+    relative_bias: Tensor | None
+    cu_seqlens_k: Tensor | None
 
     @property
     def floats(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -80,18 +82,34 @@ class Tensors(NamedTuple):
     def segments(self, prompt_rows: int) -> int:
         return self.cu_seqlens.shape[0] - (prompt_rows == 0)  # the prompt's rows are one more
 
+    @property
+    def bias_columns(self) -> int | None:
+        return None if self.relative_bias is None else self.relative_bias.shape[1]
+
     def typical(self, segments: int) -> tuple[int, int]:
-        """The mean segment's tokens, and its rows in a tile: one per token and query head of a group."""
-        tokens = max(1, cdiv(self.query.shape[0], max(1, segments)))
-        return tokens, tokens * self.group
+        """The mean segment's keys, and its rows in a tile: one per token and query head of a group."""
+        keys, tokens = (max(1, cdiv(x.shape[0], max(1, segments))) for x in (self.key, self.query))
+        return keys, tokens * self.group
 
 
-def tensors_of(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows) -> Tensors:
+def tensors_of(
+    query,
+    key,
+    value,
+    prefix_key,
+    prefix_value,
+    cu_seqlens,
+    prefix_index,
+    seed,
+    prompt_rows,
+    relative_bias=None,
+    cu_seqlens_k=None,
+) -> Tensors:
     query, key, value = (_readable(x) for x in (query, key, value))
     if prompt_rows:
         prefix_key, prefix_value = (x[:prompt_rows].transpose(0, 1).unsqueeze(0) for x in (key, value))
     bank = (_readable(x) for x in (prefix_key, prefix_value))
-    return Tensors(query, key, value, *bank, cu_seqlens, prefix_index, seed)
+    return Tensors(query, key, value, *bank, cu_seqlens, prefix_index, seed, relative_bias, cu_seqlens_k)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -142,9 +160,15 @@ def programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def places_like(query: Tensor, prefix_index: Tensor | None, window: int | None, prefix_in_window: bool) -> Tensor:
-    """(T, 2) int32 for the forward to fill; (0, 2) where all rows see the same prefix, and its gradient needs none."""
-    differ = prefix_index is not None or (window is not None and prefix_in_window)
+def places_like(
+    query: Tensor,
+    prefix_index: Tensor | None,
+    window: int | None,
+    prefix_in_window: bool,
+    relative_bias: Tensor | None = None,
+) -> Tensor:
+    """(T, 2) int32 for the forward to fill; (0, 2) where a prefix is the same to all rows: its gradient needs none."""
+    differ = prefix_index is not None or (window is not None and prefix_in_window) or relative_bias is not None
     return query.new_empty((query.shape[0] if differ else 0, 2), dtype=torch.int32)
 
 
@@ -173,7 +197,7 @@ def forward(
     with torch.cuda.device_of(tensors.query):
         forward_kernels.forward_kernel[(slots, kv_heads)](
             *(*tensors, out, lse, peak_sum, _or_none(places), _strides(*tensors.floats), segments, prefix),
-            *(options.scale, options.reach, options.softcap, options.dropout_p, own_rows),
+            *(options.scale, options.reach, options.softcap, options.dropout_p, own_rows, tensors.bias_columns),
             GROUP=tensors.group,
             CAUSAL=options.is_causal,
             PREFIX_IN_WINDOW=options.prefix_in_window,
@@ -226,7 +250,7 @@ class Backward:
         backward_kernels.query_kernel[(slots, self.kv_heads)](
             *(self.grad, *tensors.floats, self.out, *tensors[5:], self.peak_sum, self.delta, grad_query),
             *(self.grad.stride()[:-1], _strides(*tensors.floats), self.segments, self.prefix),
-            *(options.scale, options.reach, options.softcap, options.dropout_p, self.own_rows),
+            *(options.scale, options.reach, options.softcap, options.dropout_p, self.own_rows, tensors.bias_columns),
             CAUSAL=options.is_causal,
             PREFIX_IN_WINDOW=options.prefix_in_window,
             **self.constants,
@@ -238,11 +262,12 @@ class Backward:
         tensors, options = self.tensors, self.options
         typical, typical_rows = tensors.typical(self.segments)
         config = configuration("columns", self.features, tensors.query.dtype, typical_rows, typical)
-        slots = tensors.query.shape[0] // config["COLUMNS"] + self.segments
+        slots = tensors.key.shape[0] // config["COLUMNS"] + self.segments
         backward_kernels.key_value_kernel[(slots, self.kv_heads)](
-            *(self.grad, *tensors[:3], tensors.cu_seqlens, tensors.seed, self.peak_sum, self.delta),
-            *(grad_key, grad_value, *of_prompt, self.grad.stride()[:-1], _strides(*tensors[:3])),
-            *(self.segments, self.prefix, options.scale, options.reach, options.softcap, options.dropout_p),
+            *(self.grad, *tensors[:3], tensors.cu_seqlens, tensors.seed, tensors.relative_bias, tensors.cu_seqlens_k),
+            *(self.peak_sum, self.delta, grad_key, grad_value, *of_prompt),
+            *(self.grad.stride()[:-1], _strides(*tensors[:3]), self.segments, self.prefix),
+            *(options.scale, options.reach, options.softcap, options.dropout_p, tensors.bias_columns),
             CAUSAL=options.is_causal,
             **self.constants,
             **config,
@@ -278,10 +303,10 @@ class PrefixSums:
         parts = grads if self.partial is None else self.partial
         prefix_kernels.prefix_kernel[(self.tiles, self.splits)](
             *(run.grad, tensors.query, tensors.prefix_key, tensors.prefix_value, run.places, tensors.seed),
-            *(run.peak_sum, run.delta, parts[0], parts[1], run.grad.stride()[:-1]),
+            *(tensors.relative_bias, run.peak_sum, run.delta, parts[0], parts[1], run.grad.stride()[:-1]),
             *(_strides(tensors.query, tensors.prefix_key, tensors.prefix_value), self.rows, self.rows_per_split),
             *(run.kv_heads, run.prefix, options.scale, options.prefix_reach, options.softcap, options.dropout_p),
-            run.own_rows,
+            *(run.own_rows, tensors.bias_columns),
             **run.constants,
             **self.config,
         )

@@ -17,7 +17,7 @@ def reads(places, token, valid, entry, last_column, reach):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "rows_per_split", "kv_heads", "prefix", "reach", "own_rows"],
+    do_not_specialize=["rows", "rows_per_split", "kv_heads", "prefix", "reach", "own_rows", "bias_columns"],
 )
 def prefix_kernel(
     grad,
@@ -26,6 +26,7 @@ def prefix_kernel(
     prefix_value,
     places,
     seed,
+    relative_bias,
     peak_sum,
     delta,
     grad_prefix_key,
@@ -41,6 +42,7 @@ def prefix_kernel(
     softcap,
     dropout_p,
     own_rows,
+    bias_columns,
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_BLOCK: tl.constexpr,
@@ -54,7 +56,8 @@ def prefix_kernel(
     Of a prompt, (splits, P, Hkv, D), over the `rows` behind its own.
 
     A prefix is columns to the rows of all segments alike, so tiles of rows go across segments. Which rows read another
-    prefix of a bank, or are too far behind, `places` tells; None: all read the first, and see all of it.
+    prefix of a bank, or are too far behind, `places` tells, and where in their segments rows stand, for their biases;
+    None: all read the first, and see all of it.
 
     Grid: (tiles of P * N * Hkv, splits).
     """
@@ -101,8 +104,9 @@ def prefix_kernel(
             *(valid, scale, own_rows, FEATURES, FEATURES_BLOCK),
         )
         sums_key, sums_value = add_rows(
-            *(sums_key, sums_value, k, v, loaded, token * kv_heads * GROUP + head, position, first_column),
-            *(seed, 0, prefix, scale, reach, softcap, dropout_p, False, PRECISION, ROWS, COLUMNS),
+            *(sums_key, sums_value, k, v, loaded, token * kv_heads * GROUP + head, head, position, first_column),
+            *(seed, relative_bias, 0, prefix, scale, reach, softcap, dropout_p, bias_columns),
+            *(False, PRECISION, ROWS, COLUMNS),
         )
     block = (tl.program_id(1) * (tl.num_programs(0) // tiles) + pair).to(tl.int64)
     written = (block * prefix + column) * FEATURES
