@@ -170,8 +170,15 @@ class PackedForward:
             leading_index=plan.leading_index,
             prefix_in_window=given.prefix_in_window,
             adapters=given.adapters,
+            max_seqlen=self._longest(),
             numbers=itertools.count() if geometry.shares_modules else None,
         )
+
+    def _longest(self) -> int | None:
+        """Rows that no segment exceeds. A batch that was filled up may run as a graph, made for other lengths, too."""
+        if self.packing.max_labels is not None:
+            return None
+        return self.packing.longest + (0 if self.prompt_rows.is_leading else self.prompt_rows.length)
 
     def _token_types(self, types: Tensor, plan: Plan) -> Tensor:
         """(R,), 0 for prompt rows."""

@@ -52,6 +52,7 @@ class PackedPass:
             numbers; None: one leads at most, and has no prefix.
         prefix_in_window: the prefix slides out of a window.
         adapters: those that act in this pass, if any.
+        max_seqlen: rows that no segment exceeds, known on the host; None: they are not, as in a graph for many batches.
         numbers: of the layers to come, where their modules do not know them.
     """
 
@@ -66,6 +67,7 @@ class PackedPass:
     leading_index: Tensor | None
     prefix_in_window: bool
     adapters: nn.ModuleList | None
+    max_seqlen: int | None = None
     numbers: Iterator[int] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
@@ -75,9 +77,10 @@ class PackedPass:
             options["window"] -= 1  # transformers: fewer than that many rows apart, to both sides
         # Under autocast the rotary embedding leaves float32 beside values of less.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        num_prompts, rows = self.num_prompts, self.leading_rows
+        num_prompts, rows, known = self.num_prompts, self.leading_rows, {"max_seqlen": self.max_seqlen}
         if rows and num_prompts == 1 and layer not in self.prefix:
-            return prefix_attention(query, key, value, None, None, self.cu_seqlens, prompt_rows=rows, **options)
+            tensors = query, key, value, None, None, self.cu_seqlens
+            return prefix_attention(*tensors, prompt_rows=rows, **known, **options)
         index = self.prompt_index if rows or layer in self.prefix else None
         nothing = self.nothing
         if nothing.shape[1] != key.shape[1] or nothing.shape[3] != key.shape[2]:  # a layer that is narrower than others
@@ -85,7 +88,8 @@ class PackedPass:
         # It is kept in float32 where the backbone runs in less.
         prefix = tuple(x.to(key.dtype) for x in self.prefix.get(layer, (nothing, nothing)))
         if not rows:
-            return prefix_attention(query, key, value, *prefix, self.cu_seqlens, prefix_index=index, **options)
+            tensors = query, key, value, *prefix, self.cu_seqlens
+            return prefix_attention(*tensors, prefix_index=index, **known, **options)
         leading, text = slice(None, num_prompts * rows), slice(num_prompts * rows, None)
         of_prompts = prefix_attention(
             *(x[leading] for x in (query, key, value)),
@@ -101,6 +105,7 @@ class PackedPass:
             *(x[text] for x in (query, key, value)),
             *(*bank, self.cu_seqlens),
             prefix_index=index,
+            **known,
             **options,
         )
         return torch.cat([of_prompts, of_text])
