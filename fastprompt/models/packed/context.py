@@ -74,7 +74,7 @@ class ContextHead(CausalHead):
         if self.label_smoothing:
             raise ValueError(f"label_smoothing must not be given with CPT's loss, got {self.label_smoothing}")
         if self.fused:
-            raise ValueError("fused_lm_head must not be given with CPT's loss: TRL's loss counts no labels of the prompt")
+            raise ValueError("fused_lm_head must not be given with CPT's loss: TRL's counts no labels of the prompt")
         self.context, self.from_states = context, False
 
     def planned(self, packing: Packing, *given) -> dict[str, np.ndarray]:
