@@ -32,6 +32,11 @@ class PromptModel(RunsPacked, ForTrainers, PromptBank, PreTrainedModel):
     with, and `other_prompts`. The samples of one batch may read different ones. Adapters, if there are any, are common
     to all; they act in this model's own calls only, not in those of the backbone.
 
+    An encoder-decoder (T5, mT5, UMT5, BART, mBART, M2M100) must have its language-model head. A prompt stands before
+    the encoder's input, and a prefix in the decoder's self-attention, or wherever `PromptConfig.layers` says, each
+    layer with its own (PEFT hands one to two layers). In training, given labels, logits are None likewise, and rows of
+    the decoder behind the last label do not run. It has no adapters, shared_prefix_ids, lower_states and cuda_graphs.
+
     Args:
         backbone: a transformers model of a supported family (`fastprompt.models.families`), with or without a head. Its
             parameters are frozen, in place, except those of a classification or span head.
@@ -150,8 +155,8 @@ class PromptModel(RunsPacked, ForTrainers, PromptBank, PreTrainedModel):
     def generate(self, *, prompt_ids: Tensor | Sequence[str] | None = None, **inputs):
         """What the backbone's own `generate` gives, with a prompt before each text.
 
-        The cache holds the text alone, and the prompt is read in place in every layer. It runs in evaluation mode,
-        whatever the model's mode.
+        The cache holds the text alone, and the prompt is read in place in every layer; an encoder-decoder's prefix
+        begins the cache of its decoder. It runs in evaluation mode, whatever the model's mode.
 
         Args:
             prompt_ids: as of `forward`, one a text, whatever the number of beams.

@@ -48,7 +48,7 @@ def test_a_decoder_made_an_encoder(kind):
         ("bloom", "BloomModel takes no position_ids"),
         ("mpt", "MptModel takes no position_ids"),
         ("mamba", "MambaModel takes no position_ids"),
-        ("t5", "it is an encoder-decoder"),
+        ("t5", "an encoder-decoder must be a sequence-to-sequence language model with its head, got T5Model"),
         ("gpt_oss", "GptOssAttention hands s_aux to attention, which a packed pass does not know"),
         ("falcon_h1", "a Conv1d, mixes rows outside attention"),
         ("qwen3_next", "of its 4 layers attention was called"),

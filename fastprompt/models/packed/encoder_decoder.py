@@ -1,16 +1,13 @@
 """PackedEncoderDecoder: an encoder-decoder run packed, the tokens of each side as one row of segments."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from fastprompt.ops import linear_cross_entropy, pack_prompt
+from fastprompt.ops import pack_prompt
 from fastprompt.ops._checks import check_targets
 
 from ..families import ENCODER_DECODERS, Geometry
@@ -20,7 +17,8 @@ from .backbone import NO_PROMPT, check_checkpointing, check_rows, check_values
 from .forward import packed_rows, padded_rows, scale_of
 from .inputs import PromptInputs
 from .layout import NO_LABEL, Packing, Plan, PromptRows
-from .stacks import Stack, fuse_stack, stand_in
+from .seq2seq_head import Seq2SeqHead
+from .stacks import Stack, fuse_stack
 
 _NOT_TAKEN = (  # with a word on why
     ("past_key_values", "a packed pass keeps no cache"),
@@ -32,7 +30,6 @@ _NOT_TAKEN = (  # with a word on why
     ("cu_seq_lens_q", "samples of an encoder-decoder have a row of the batch each"),
     ("seq_idx", "samples of an encoder-decoder have a row of the batch each"),
 )
-_ZEROS = WeakIdKeyDictionary()  # of biases of logits, whether all are zero: read once for all steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +87,12 @@ class PackedEncoderDecoder:
         family = model.config.model_type
         if family not in ENCODER_DECODERS:
             raise ValueError(
-                f"backbone must be, of encoder-decoders, of a family in {ENCODER_DECODERS}, got {family!r}"
+                f"backbone of family {family!r} is not served: of encoder-decoders those in {ENCODER_DECODERS} are"
             )
         if model.get_output_embeddings() is None:
             raise ValueError(
-                "backbone must be, of encoder-decoders, a sequence-to-sequence language model with its head, "
-                f"got {type(model).__name__}"
+                f"backbone of family {family!r} is not served: an encoder-decoder must be a sequence-to-sequence "
+                f"language model with its head, got {type(model).__name__}"
             )
         self.model, self.base = model, model.base_model
         self.encoder = Stack(model.get_encoder(), is_decoder=False)
@@ -155,7 +152,16 @@ class PackedEncoderDecoder:
             if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
                 inputs["decoder_input_ids"] = self.shifted(labels)
         all_logits = all_logits or labels is None
-        return _Forward(self, packings, prompt_inputs, labels, all_logits, label_smoothing).run(inputs)
+        packing, items = packings.decoder(all_logits), inputs.get("num_items_in_batch")
+        head = Seq2SeqHead(self.model, labels, all_logits, label_smoothing, items, packing, packings.labels)
+        encoded, keys = self.encode(inputs, packings.encoder, prompt_inputs)
+        plan = self.plan_decoder(packing, prompt_inputs, _given(inputs, "").device)
+        handed, places = self.decode_inputs(inputs, plan, packing, keys, prompt_inputs)
+        with self.decoder.placed(places), head.reading(self.decoder.module):
+            output = self.model(encoder_outputs=encoded, **handed)
+        head.finish(output, lambda logits: padded_rows(logits, plan.index, packings.shape))
+        _unpack(output, packings, plan, keys)
+        return type(output)(**{each.name: getattr(output, each.name) for each in fields(output)})  # no keys of None
 
     def pack(
         self, inputs: dict, labels: Tensor | None = None, prompt_ids: Tensor | None = None
@@ -227,7 +233,8 @@ class PackedEncoderDecoder:
         else:
             handed = {"inputs_embeds": packed_rows(batch, plan)}
         places = stack.position_rows(plan.positions, bounds, ids, packing.longest + rows.token_offset)
-        own = stack.make_pass(bounds, self._encoder_prefix(given), plan.prompt_index, None)
+        longest = packing.longest + length
+        own = stack.make_pass(bounds, longest, self._encoder_prefix(given), plan.prompt_index, None)
         handed = {name: x.unsqueeze(0) for name, x in handed.items()} | _prepared(batch.device)
         options = {name: inputs[name] for name in ("output_hidden_states",) if name in inputs}
         with stack.placed(places):
@@ -287,7 +294,7 @@ class PackedEncoderDecoder:
         longest = packing.longest + (given.position_offset if prefix else 0)
         places = stack.position_rows(plan.positions, plan.cu_seqlens, ids, longest)
         bounds = keys.cu_seqlens if keys.cu_seqlens_rows is None else keys.cu_seqlens_rows
-        own = stack.make_pass(plan.cu_seqlens, prefix, plan.prompt_index, bounds)
+        own = stack.make_pass(plan.cu_seqlens, packing.longest, prefix, plan.prompt_index, bounds)
         others = {name: x for name, x in inputs.items() if name not in _OF_BATCH}
         prepared = _prepared(batch.device)["attention_mask"]
         masks = {"attention_mask": prepared, "decoder_attention_mask": prepared}
@@ -298,94 +305,6 @@ _OF_BATCH = (
     *("input_ids", "attention_mask", "inputs_embeds", "num_items_in_batch", "token_type_ids"),
     *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", *(name for name, _ in _NOT_TAKEN)),
 )
-
-
-class _Forward:
-    """One call: both passes, and what is made of the head's output."""
-
-    def __init__(
-        self,
-        packed: PackedEncoderDecoder,
-        packings: Packings,
-        given: PromptInputs,
-        labels: Tensor | None,
-        all_logits: bool,
-        label_smoothing: float,
-    ) -> None:
-        self.packed, self.model, self.packings, self.given = packed, packed.model, packings, given
-        self.labels, self.all_logits, self.label_smoothing = labels, all_logits, label_smoothing
-        head = self.model.get_output_embeddings()
-        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        bias = getattr(self.model, "final_logits_bias", None)
-        self.from_states = labels is not None and not all_logits and plain and (bias is None or _is_zero(bias))
-
-    def run(self, inputs: dict):
-        packed, packings, given = self.packed, self.packings, self.given
-        device, items = _given(inputs, "").device, inputs.get("num_items_in_batch")
-        packing = packings.decoder(self.all_logits)
-        encoded, keys = packed.encode(inputs, packings.encoder, given)
-        plan = packed.plan_decoder(packing, given, device)
-        handed, places = packed.decode_inputs(inputs, plan, packing, keys, given)
-        targets = places_of = None
-        if self.labels is not None:
-            labelled = np.flatnonzero(packings.labels.reshape(-1)[packing.index] != NO_LABEL)
-            places_of, places_there = layout.tensor_on(np.stack([labelled, packing.index[labelled]]), device)
-            targets = self.labels.flatten().index_select(0, places_there)
-        states = None  # of the labelled rows, as the head is given them: T5 scales them before
-
-        def picked(output):
-            if not self.all_logits:
-                output.last_hidden_state = output.last_hidden_state.index_select(1, places_of)
-            return output
-
-        def no_logits(given: Tensor) -> Tensor:
-            nonlocal states
-            states = given[0]
-            return given.new_empty(1, 0, len(head.weight))
-
-        head, decoder = self.model.get_output_embeddings(), packed.decoder.module
-        forward = decoder.forward
-        with ExitStack() as during:
-            during.enter_context(packed.decoder.placed(places))
-            during.enter_context(stand_in(decoder, lambda *args, **kwargs: picked(forward(*args, **kwargs))))
-            if self.from_states:
-                during.enter_context(stand_in(head, no_logits))
-            output = self.model(encoder_outputs=encoded, **handed)
-        loss, logits = None, output.logits[0]
-        if self.labels is not None:
-            wanted = logits.index_select(0, places_of) if self.all_logits else logits
-            loss = self._loss(states, wanted, targets, items)
-        output.loss = loss
-        output.logits = padded_rows(logits, plan.index, packings.shape) if self.all_logits else None
-        self._unpack(output, plan, keys)
-        return type(output)(
-            **{each.name: getattr(output, each.name) for each in fields(output)}
-        )  # without what is None
-
-    def _loss(self, states: Tensor | None, logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
-        if self.from_states:
-            weight, options = self.model.get_output_embeddings().weight, {"label_smoothing": self.label_smoothing}
-            total = linear_cross_entropy(states.to(weight.dtype), weight, targets, **options)
-        else:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
-        items = len(targets) if items is None else items
-        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
-
-    def _unpack(self, output, plan: Plan, keys: Plan) -> None:
-        """Hidden states of the batch's own shapes, zero where nothing stands."""
-        encoder, decoder = self.packings.encoder.shape, self.packings.shape
-
-        def of_encoder(x: Tensor) -> Tensor:
-            text = x[0] if keys.token_rows is None else x[0].index_select(0, keys.token_rows)
-            return padded_rows(text, keys.index, encoder)
-
-        output.encoder_last_hidden_state = of_encoder(output.encoder_last_hidden_state)
-        if output.encoder_hidden_states is not None:
-            output.encoder_hidden_states = tuple(map(of_encoder, output.encoder_hidden_states))
-        if output.decoder_hidden_states is not None:
-            padded = (padded_rows(x[0], plan.index, decoder) for x in output.decoder_hidden_states)
-            output.decoder_hidden_states = tuple(padded)
 
 
 def _both(encoder: Geometry, decoder: Geometry) -> Geometry:
@@ -418,8 +337,16 @@ def _with_prompt(stack: Stack, inputs: dict, plan: Plan, given: PromptInputs) ->
     return pack_prompt(table, ids, plan.cu_seqlens, given.prompt.to(table.dtype), **options)
 
 
-def _is_zero(bias: Tensor) -> bool:
-    """Whether a bias of logits, which a frozen model keeps, changes nothing."""
-    if bias not in _ZEROS:
-        _ZEROS[bias] = not layout.read({"final_logits_bias": (bias != 0).any()})["final_logits_bias"].any()
-    return _ZEROS[bias]
+def _unpack(output, packings: Packings, plan: Plan, keys: Plan) -> None:
+    """Make of hidden states those of the batch's own shapes, zero where nothing stands."""
+
+    def of_encoder(x: Tensor) -> Tensor:
+        text = x[0] if keys.token_rows is None else x[0].index_select(0, keys.token_rows)
+        return padded_rows(text, keys.index, packings.encoder.shape)
+
+    output.encoder_last_hidden_state = of_encoder(output.encoder_last_hidden_state)
+    if output.encoder_hidden_states is not None:
+        output.encoder_hidden_states = tuple(map(of_encoder, output.encoder_hidden_states))
+    if output.decoder_hidden_states is not None:
+        padded = (padded_rows(x[0], plan.index, packings.shape) for x in output.decoder_hidden_states)
+        output.decoder_hidden_states = tuple(padded)

@@ -22,6 +22,7 @@ class StackPass:
 
     Attributes:
         cu_seqlens: (S+1,) int32 bounds of the segments.
+        max_seqlen: rows that no segment exceeds.
         is_causal: rows see no later rows of their segment.
         prefix: layer index -> key and value, each (N, H, P, D). A layer that is not in it has none.
         prompt_index: (S,) which prefix each segment reads; None: the first.
@@ -31,6 +32,7 @@ class StackPass:
     """
 
     cu_seqlens: Tensor
+    max_seqlen: int
     is_causal: bool
     prefix: dict[int, tuple[Tensor, Tensor]]
     prompt_index: Tensor | None
@@ -54,6 +56,7 @@ class StackPass:
             prefix_index=None if prefix is None else self.prompt_index,
             is_causal=self.is_causal,
             relative_bias=self.relative_bias.get(layer),
+            max_seqlen=self.max_seqlen,
             **options,
         )
 
@@ -102,12 +105,14 @@ class Stack:
             sublayers=None,
         )
 
-    def make_pass(self, cu_seqlens: Tensor, prefix: dict, index: Tensor | None, keys: Tensor | None) -> StackPass:
+    def make_pass(
+        self, cu_seqlens: Tensor, longest: int, prefix: dict, index: Tensor | None, keys: Tensor | None
+    ) -> StackPass:
         """The pass over those segments; `keys` bounds those that cross-attention reads."""
         shape, weight = (1, self.geometry.kv_heads, 0, self.geometry.head_dim), self.embedding.weight
         bias = self._relative_bias() if self.is_relative else {}
         nothing = weight.new_empty(shape)
-        return StackPass(cu_seqlens, self.is_decoder, prefix, index, nothing, bias, cu_seqlens_k=keys)
+        return StackPass(cu_seqlens, longest, self.is_decoder, prefix, index, nothing, bias, cu_seqlens_k=keys)
 
     def _relative_bias(self) -> dict[int, Tensor]:
         """Layer index -> (H, R). All distances beyond the table's are in the bucket of its end."""
