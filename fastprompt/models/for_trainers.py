@@ -1,7 +1,7 @@
 """What transformers' Trainer, TRL's trainers, accelerate and the Hub ask of a model, as a PromptModel answers it."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,6 +65,13 @@ class ForTrainers:
         """Add tags to those of the model's card."""
         tags = [tags] if isinstance(tags, str) else tags
         self.model_tags = [*self.model_tags, *(tag for tag in tags if tag not in self.model_tags)]
+
+    @property
+    def prepare_decoder_input_ids_from_labels(self) -> Callable[[Tensor], Tensor]:
+        """Of an encoder-decoder, what its decoder reads; transformers' DataCollatorForSeq2Seq asks for it."""
+        if not self.config.is_encoder_decoder:
+            raise AttributeError(f"{type(self.backbone).__name__} has no prepare_decoder_input_ids_from_labels")
+        return self._packed.shifted
 
     def tie_weights(self, *args, **kwargs) -> None:
         """As the backbone's own."""

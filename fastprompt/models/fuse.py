@@ -83,7 +83,7 @@ def fuse(peft_model, *, pools_prompt: bool = True, cuda_graphs: bool = False):
     peft_model.pools_prompt = pools_prompt
     peft_model.__class__ = _fused_class(type(peft_model))
     peft_model.cuda_graphs = cuda_graphs
-    if packed.model is not packed.model.base_model:
+    if packed.model is not packed.model.base_model or packed.model.get_output_embeddings() is not None:
         _name_for_trainer(packed.model)
     return peft_model
 
@@ -195,7 +195,7 @@ def _blank(peft_class: type):
 def _name_for_trainer(model: nn.Module) -> None:
     """transformers' Trainer knows by the name of `base_model.model` whether labels are shifted for label smoothing.
 
-    With prompt learning that is the model without its head, or, over encoders, nothing.
+    With prompt learning that is the model without its head, or, over encoders and T5, nothing.
     """
     if not hasattr(model, "model"):
         model.model = SimpleNamespace()

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from encoder_decoders import CONFIGS, build_seq2seq, seq2seq_batch
+from helpers import PAD, build
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
@@ -200,3 +201,16 @@ def test_a_prefix_in_the_encoder(family, where, offset):
     logits = model(**texts, prompt_ids=names, decoder_input_ids=written[:, :-1]).logits
     logits[..., 2] = -torch.inf  # no end before the fifth
     assert torch.equal(logits.argmax(-1), written[:, 1:])
+
+
+@pytest.mark.parametrize("family", ["m2m_100", "t5"])
+def test_what_trainers_ask(family):
+    """The collator's decoder_input_ids, and the name by which the Trainer knows that labels are not to be shifted."""
+    labels = seq2seq_batch()["labels"]
+    shifted = prompt_model(family).prepare_decoder_input_ids_from_labels(labels)
+    first = torch.full((4, 1), build_seq2seq(family).config.decoder_start_token_id)
+    assert torch.equal(shifted, torch.cat([first, labels[:, :-1]], 1).masked_fill(shifted == PAD, PAD))
+    backbone = build_seq2seq(family)
+    fused = fastprompt.fuse(peft_model(backbone, "prompt"))
+    assert fused.base_model.model._get_name() == type(backbone).__name__
+    assert not hasattr(PromptModel(build("bert"), PromptConfig()), "prepare_decoder_input_ids_from_labels")
