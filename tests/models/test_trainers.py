@@ -29,6 +29,11 @@ def model_of(maker: str, **config):
     return fastprompt.fuse(peft.get_peft_model(backbone, made(task_type="CAUSAL_LM", num_virtual_tokens=P)))
 
 
+def pairs(options, whole=()) -> list[tuple[str, str]]:
+    """Makers with options: all with those of `whole`, one of each class with the others."""
+    return [(maker, option) for option in options for maker in (MAKERS if option in whole else MAKERS[0::3])]
+
+
 def trained(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -89,8 +94,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(("maker", "option"), pairs(OPTIONS, ("plain", "accumulation")))
 def test_it_trains_what_the_same_steps_by_hand_do(maker, option, tmp_path):
     model, data = model_of(maker), examples()
     before, expected = trained(model), by_hand(model, data)
@@ -104,13 +108,13 @@ def test_it_trains_what_the_same_steps_by_hand_do(maker, option, tmp_path):
 @pytest.mark.parametrize("maker", ["prefix", "fused prompt"])
 def test_torch_compile(maker, tmp_path):
     model, data = model_of(maker, num_hidden_layers=1), examples()
-    expected = by_hand(model, data)
+    expected = by_hand(model, data, 1)
     torch.compiler.reset()
-    trainer(model, data, tmp_path, torch_compile=True, torch_compile_backend="eager").train()
+    trainer(model, data, tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=1).train()
     torch.testing.assert_close(trained(model), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS[1:3])
 def test_neftune(maker, tmp_path):
     """Its noise is that of a padded batch, and is gone after training."""
     model, data, shapes = model_of(maker), examples(), []
@@ -121,7 +125,7 @@ def test_neftune(maker, tmp_path):
     assert shapes[-1] == (4, 7, 48) and any(not torch.allclose(noisy[name], expected[name]) for name in noisy)
 
 
-@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS[1:3])
 def test_metrics_and_generation(maker, tmp_path):
     model, data = model_of(maker), examples()
 
@@ -171,7 +175,7 @@ def bank():
     return model
 
 
-@pytest.mark.parametrize("maker", [*MAKERS, "bank"])
+@pytest.mark.parametrize("maker", ["prompt", "bank", "fused prefix", "fused prompt"])
 def test_checkpoints_hold_the_adapter_alone(maker, tmp_path):
     """They resume, the best one is loaded at the end, training stops early, and `from_pretrained` reads them."""
     made = bank() if maker == "bank" else model_of(maker)

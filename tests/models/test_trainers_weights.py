@@ -70,8 +70,9 @@ WAYS = [
 ]  # where PEFT itself fails: its prompt is on meta, or mapped there
 
 
-@pytest.mark.parametrize(("maker", "way"), WAYS)
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "maker", "way"), [("llama", *each) for each in WAYS] + [("gemma3_text", "prompt", "offloaded")]
+)
 def test_weights_elsewhere(family, maker, way, tmp_path):
     there, inputs = model_of(maker, build(family, CLM, torch.float32, tie_word_embeddings=False)), labelled()
     away = model_of(maker, elsewhere(build(family, CLM, torch.float32, tie_word_embeddings=False), way, tmp_path))
