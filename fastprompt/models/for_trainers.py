@@ -141,14 +141,24 @@ class ForTrainers:
                 trains is also written by its names in the model, as `model.safetensors`, from which the Trainer
                 resumes.
             save_function, max_shard_size: of transformers, and not read: files are written by safetensors, whole.
+
+        Raises:
+            ValueError: a tensor that is not whole, and is not in state_dict.
         """
         if is_main_process is False:
             return
         with self._holding(state_dict or {}):
+            tensors = self.state_dict()
+            tensors = {name: tensors[name] for name in self._saved_names()}
+            for name, tensor in tensors.items():
+                if not tensor.numel() or tensor.is_meta or hasattr(tensor, "full_tensor"):
+                    raise ValueError(
+                        "state_dict must be given for a model whose tensors are not whole, as accelerate's "
+                        f"get_state_dict gathers them, got none with {name}"
+                    )
             super().save_pretrained(directory)
             if is_main_process:
-                tensors = self.state_dict()
-                write_tensors(Path(directory) / RESUME, {name: tensors[name] for name in self._saved_names()})
+                write_tensors(Path(directory) / RESUME, tensors)
 
     @contextmanager
     def _holding(self, state_dict: dict[str, Tensor]) -> Iterator[None]:

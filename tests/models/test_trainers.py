@@ -224,6 +224,8 @@ def test_a_model_whose_tensors_are_elsewhere(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     options = {"save_function": accelerator.save, "state_dict": accelerator.get_state_dict(whole)}
     accelerator.unwrap_model(model).save_pretrained(tmp_path / "not", is_main_process=False, **options)
+    with pytest.raises(ValueError, match="state_dict must be given for a model whose tensors are not whole.* prompt.w"):
+        model.save_pretrained(tmp_path / "not")
     assert not (tmp_path / "not").exists()
     accelerator.unwrap_model(model).save_pretrained(tmp_path, is_main_process=accelerator.is_main_process, **options)
     assert all(not len(parameter) for parameter in model.parameters()), "it stays as it was"
