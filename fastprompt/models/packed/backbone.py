@@ -183,7 +183,6 @@ class PackedBackbone:
             found = captured.run(self.model, run, batch, forward_of(batch).plan, constants, adapters)
         return run(batch) if found is None else found[0]
 
-    @torch.compiler.disable
     def pack(
         self, inputs: dict, labels: Tensor | None = None, prompt_ids: Tensor | None = None
     ) -> tuple[Packing, np.ndarray | None]:

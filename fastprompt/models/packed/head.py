@@ -77,7 +77,6 @@ class CausalHead:
         if self.labels is not None:
             check_targets(self.labels, self.model.config.get_text_config().vocab_size, NO_LABEL, "labels")
 
-    @torch.compiler.disable
     def planned(
         self, packing: Packing, leading: tuple[int, int], prompt_index: np.ndarray | None
     ) -> dict[str, np.ndarray]:
