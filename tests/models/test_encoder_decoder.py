@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from encoder_decoders import CONFIGS, build_seq2seq, seq2seq_batch
-from helpers import PAD, build
+from helpers import PAD, VOCABULARY, build
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
@@ -214,3 +214,13 @@ def test_what_trainers_ask(family):
     fused = fastprompt.fuse(peft_model(backbone, "prompt"))
     assert fused.base_model.model._get_name() == type(backbone).__name__
     assert not hasattr(PromptModel(build("bert"), PromptConfig()), "prepare_decoder_input_ids_from_labels")
+
+
+def test_a_bias_of_logits_that_is_loaded_later_counts():
+    model = prompt_model("mbart").train()
+    inputs = seq2seq_batch()
+    before = model(**inputs).loss
+    model.backbone.load_state_dict({"final_logits_bias": torch.randn(1, VOCABULARY)}, strict=False)
+    after = model(**inputs).loss
+    assert relative(after, before) > 1e-3
+    assert relative(after, model.eval()(**inputs).loss) < 1e-12

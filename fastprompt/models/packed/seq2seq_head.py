@@ -15,7 +15,7 @@ from . import layout
 from .layout import NO_LABEL, Packing
 from .stacks import stand_in
 
-_ZEROS = WeakIdKeyDictionary()  # of biases of logits, whether all are zero: read once for all steps
+_ZEROS = WeakIdKeyDictionary()  # of biases of logits, their version, and whether all are zero: read once for all steps
 
 
 class Seq2SeqHead:
@@ -93,6 +93,8 @@ class Seq2SeqHead:
 
 def _is_zero(bias: Tensor) -> bool:
     """Whether a bias of logits, which a frozen model keeps, changes nothing."""
-    if bias not in _ZEROS:
-        _ZEROS[bias] = not layout.read({"final_logits_bias": (bias != 0).any()})["final_logits_bias"].any()
-    return _ZEROS[bias]
+    version, is_zero = _ZEROS.get(bias, (None, None))
+    if version != bias._version:  # it may have been loaded since
+        is_zero = not layout.read({"final_logits_bias": bias})["final_logits_bias"].any()
+        _ZEROS[bias] = bias._version, is_zero
+    return is_zero
