@@ -10,21 +10,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprompt, library) {
       "SymInt prompt_rows) -> Tensor");
   library.def(
       "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
-      "Tensor cu_seqlens, Tensor? prefix_index, Tensor? seed, SymInt prompt_rows, bool is_causal, float scale, "
-      "SymInt window, bool prefix_in_window, float softcap, float dropout_p) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "prefix_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
-      "Tensor prefix_value, Tensor out, Tensor peak_sum, Tensor cu_seqlens, Tensor? prefix_index, Tensor? seed, "
-      "SymInt prompt_rows, bool is_causal, float scale, SymInt window, bool prefix_in_window, float softcap, "
-      "float dropout_p, bool needs_query, bool needs_key, bool needs_value, bool needs_prefix_key, "
-      "bool needs_prefix_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(  // with what csrc/cuda/ has not: relative_bias and cu_seqlens_k
-      "prefix_attention.extended(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
       "Tensor cu_seqlens, Tensor? prefix_index, Tensor? seed, Tensor? relative_bias, Tensor? cu_seqlens_k, "
       "SymInt prompt_rows, bool is_causal, float scale, SymInt window, bool prefix_in_window, float softcap, "
       "float dropout_p) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "prefix_attention_backward.extended(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
+      "prefix_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
       "Tensor prefix_value, Tensor out, Tensor peak_sum, Tensor cu_seqlens, Tensor? prefix_index, Tensor? seed, "
       "Tensor? relative_bias, Tensor? cu_seqlens_k, SymInt prompt_rows, bool is_causal, float scale, SymInt window, "
       "bool prefix_in_window, float softcap, float dropout_p, bool needs_query, bool needs_key, bool needs_value, "

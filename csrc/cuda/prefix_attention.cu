@@ -127,12 +127,18 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                           const Tensor& prefix_key, const Tensor& prefix_value,
-                                           const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
-                                           const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
-                                           double scale, int64_t window, bool prefix_in_window, double softcap,
-                                           double dropout_p) {
+// What the schema has for other devices alone.
+void refuse(const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& cu_seqlens_k) {
+  STD_TORCH_CHECK(!relative_bias, "relative_bias must be None on CUDA, where no kernel here adds it, got a tensor");
+  STD_TORCH_CHECK(!cu_seqlens_k, "cu_seqlens_k must be None on CUDA, where no kernel here reads it, got a tensor");
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key, const Tensor& prefix_value,
+    const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& cu_seqlens_k, int64_t prompt_rows,
+    bool is_causal, double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p) {
+  refuse(relative_bias, cu_seqlens_k);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
                       is_causal, scale, window, prefix_in_window, softcap, dropout_p);
@@ -167,9 +173,11 @@ Tensor gradient_like(const Tensor& tensor, bool wanted) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
     const Tensor& prefix_value, const Tensor& out_, const Tensor& peak_sum, const Tensor& cu_seqlens,
-    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
-    double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p, bool needs_query,
-    bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
+    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& cu_seqlens_k, int64_t prompt_rows,
+    bool is_causal, double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p,
+    bool needs_query, bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
+  refuse(relative_bias, cu_seqlens_k);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Inputs inputs(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, prompt_rows,
                       is_causal, scale, window, prefix_in_window, softcap, dropout_p);

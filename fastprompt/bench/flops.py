@@ -73,8 +73,7 @@ def _attention_backward(*arguments, out_val: object) -> int:
 
 def _product(query: Tensor, prefix_key: Tensor, cu_seqlens: Tensor, *others) -> tuple[int, int]:
     """FLOPs of one product of the rows with the keys of their segments, and of one with the prefix."""
-    *tensors, prompt_rows, is_causal, _, window, _, _, _ = others
-    cu_seqlens_k = tensors[3] if len(tensors) == 4 else None  # of the overload that has it
+    _, _, _, cu_seqlens_k, prompt_rows, is_causal, _, window, _, _, _ = others
     if prompt_rows or is_causal or window >= 0:
         raise NotImplementedError("FLOPs of causal attention and of attention in a window are not counted")
     rows, heads, features = query.shape

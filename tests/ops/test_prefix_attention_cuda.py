@@ -65,7 +65,8 @@ def run(
     query, scale = _with_positive_scale(args["query"], args.get("scale"))
     options = is_causal, scale, window, softcap, args.get("prefix_in_window", False), dropout_p, prompt_rows
     return native.prefix_attention(
-        query, *(args[name] for name in NAMES[1:]), args["cu_seqlens"], args["prefix_index"], *options
+        *(query, *(args[name] for name in NAMES[1:]), args["cu_seqlens"], args["prefix_index"], *options),
+        *(args.get("relative_bias"), args.get("cu_seqlens_k")),
     )
 
 
@@ -185,6 +186,8 @@ def test_sums_over_many_segments_are_the_same_every_time(device, bank, heads):
     ({"dtype": torch.float32}, "needs bfloat16 or float16 on CUDA, got Float"),
     ({"softcap": -2.0}, "softcap must be positive, or 0 for none, got -2"),
     ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1"),
+    ({"relative_bias": torch.zeros(6, 5)}, "relative_bias must be None on CUDA, .* got a tensor"),
+    ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32)}, "cu_seqlens_k must be None on CUDA, .* got a tensor"),
 ])  # fmt: skip
 def test_what_the_operator_refuses(device, change, match):
     shape = {"features": 16, "dtype": torch.float16}

@@ -273,8 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& gr
   return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
 }
 
-// The operators: with what only the CPU has so far, and without.
-std::tuple<Tensor, Tensor, Tensor> forward_extended(
+std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key, const Tensor& prefix_value,
     const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed,
     const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& cu_seqlens_k, int64_t prompt_rows,
@@ -283,17 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_extended(
                       cu_seqlens_k, prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p});
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                           const Tensor& prefix_key, const Tensor& prefix_value,
-                                           const Tensor& cu_seqlens, const std::optional<Tensor>& prefix_index,
-                                           const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
-                                           double scale, int64_t window, bool prefix_in_window, double softcap,
-                                           double dropout_p) {
-  return forward_extended(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, {}, {},
-                          prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_extended(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
     const Tensor& prefix_value, const Tensor& out, const Tensor& peak_sum, const Tensor& cu_seqlens,
     const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed,
@@ -306,23 +295,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_extended(
                       out, peak_sum, {needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
-    const Tensor& prefix_value, const Tensor& out, const Tensor& peak_sum, const Tensor& cu_seqlens,
-    const std::optional<Tensor>& prefix_index, const std::optional<Tensor>& seed, int64_t prompt_rows, bool is_causal,
-    double scale, int64_t window, bool prefix_in_window, double softcap, double dropout_p, bool needs_query,
-    bool needs_key, bool needs_value, bool needs_prefix_key, bool needs_prefix_value) {
-  return backward_extended(grad, query, key, value, prefix_key, prefix_value, out, peak_sum, cu_seqlens, prefix_index,
-                           seed, {}, {}, prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p,
-                           needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value);
-}
-
 }  // namespace
 }  // namespace fastprompt::prefix_attention
 
 STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, library) {
   library.impl("prefix_attention", TORCH_BOX(&fastprompt::prefix_attention::forward));
   library.impl("prefix_attention_backward", TORCH_BOX(&fastprompt::prefix_attention::backward));
-  library.impl("prefix_attention.extended", TORCH_BOX(&fastprompt::prefix_attention::forward_extended));
-  library.impl("prefix_attention_backward.extended", TORCH_BOX(&fastprompt::prefix_attention::backward_extended));
 }

@@ -7,14 +7,11 @@ from fastprompt.ops._autograd import once_differentiable
 
 _forward = torch.ops.fastprompt.prefix_attention.default
 _backward = torch.ops.fastprompt.prefix_attention_backward.default
-_forward_extended = torch.ops.fastprompt.prefix_attention.extended  # with relative_bias and cu_seqlens_k: CPU only
-_backward_extended = torch.ops.fastprompt.prefix_attention_backward.extended
 NO_WINDOW, NO_SOFTCAP = -1, 0.0
-TENSORS, OPTIONS = 8, 7  # how many inputs are what
+TENSORS = 10  # of the inputs
 
 
 @torch.library.register_fake("fastprompt::prefix_attention")
-@torch.library.register_fake("fastprompt::prefix_attention.extended")
 def _(query: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     accumulate, rows = torch.promote_types(query.dtype, torch.float32), query.shape[:2]
     lse, peak_sum = (query.new_empty(shape, dtype=accumulate) for shape in (rows, (*rows, 2)))
@@ -22,19 +19,13 @@ def _(query: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastprompt::prefix_attention_backward")
-@torch.library.register_fake("fastprompt::prefix_attention_backward.extended")
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, *others):
     inputs, needs = (query, key, value, prefix_key, prefix_value), others[-5:]
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
 
 
-def _operators(inputs: int) -> tuple:
-    """Forward and backward that take so many inputs."""
-    return (_forward, _backward) if inputs == TENSORS + OPTIONS else (_forward_extended, _backward_extended)
-
-
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.options = inputs[:-OPTIONS], inputs[-OPTIONS:]
+    tensors, ctx.options = inputs[:TENSORS], inputs[TENSORS:]
     out, lse, peak_sum = output
     ctx.mark_non_differentiable(lse, peak_sum)
     ctx.set_materialize_grads(False)  # nobody needs zeros for the log-sum-exp
@@ -45,14 +36,12 @@ def _gradients(ctx, grad: Tensor | None, *_) -> tuple:
     needs, others = ctx.needs_input_grad[:5], [None] * (len(ctx.needs_input_grad) - 5)
     if grad is None:
         return *[None] * 5, *others
-    _, backward = _operators(len(ctx.needs_input_grad))
-    grads = backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = _backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *others
 
 
 _differentiate = once_differentiable("prefix_attention", _gradients)
 torch.library.register_autograd("fastprompt::prefix_attention", _differentiate, setup_context=_save)
-torch.library.register_autograd("fastprompt::prefix_attention.extended", _differentiate, setup_context=_save)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -61,7 +50,7 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():  # not the registered autograd inside of this one
-            output = _operators(len(inputs))[0](*inputs)
+            output = _forward(*inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -90,11 +79,10 @@ def prefix_attention(
     seed = None
     if dropout_p > 0:  # a tensor, and drawn out of place: so torch.compile traces it and fakes stay fakes
         seed = torch.randint_like(cu_seqlens[:1], 2**62, dtype=torch.int64)
-    tensors = query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed
     if relative_bias is not None:
         relative_bias = relative_bias.to(torch.promote_types(query.dtype, torch.float32))
-    if relative_bias is not None or cu_seqlens_k is not None:
-        tensors = *tensors, relative_bias, cu_seqlens_k
-    inputs = *tensors, prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p
-    run = _operators(len(inputs))[0] if torch.compiler.is_compiling() else _PrefixAttention.apply
-    return run(*inputs)[:2]
+    run = _forward if torch.compiler.is_compiling() else _PrefixAttention.apply
+    return run(
+        *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index, seed, relative_bias, cu_seqlens_k),
+        *(prompt_rows, is_causal, scale, window, prefix_in_window, softcap, dropout_p),
+    )[:2]
