@@ -15,8 +15,8 @@ from fastprompt import PromptConfig, PromptModel
 
 
 def limit(family: str) -> float:
-    """Norms and losses of decoders are taken in float32 whatever the dtype."""
-    return 1e-6 if "AutoModelForCausalLM" in heads(family) else 1e-12
+    """RMS norms, and losses of decoders, are taken in float32 whatever the dtype; ours of float64 are not."""
+    return 1e-5 if family == "eurobert" or "AutoModelForCausalLM" in heads(family) else 1e-12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
