@@ -9,6 +9,7 @@ leaves out are held to the same backbone sentence by sentence, without packing.
 
 import argparse
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def cell(family: str, auto: str) -> str:
         try:
             worst = max(compared(family, auto, kind).values())
         except Exception as error:  # PEFT's, or ours: the table says which
-            words.append(f"fails ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+            who = "PEFT fails" if "/peft/" in traceback.extract_tb(error.__traceback__)[-1].filename else "fails"
+            words.append(f"{who} ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
             continue
         good = "ours" if (family, kind) in NOT_IN_PEFT else "equal"
         words.append(good if worst < LIMIT else f"differs ({worst:.0e})")
