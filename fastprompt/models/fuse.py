@@ -36,6 +36,7 @@ def fuse(peft_model, *, pools_prompt: bool = True, cuda_graphs: bool = False):
       token of the text under both (PEFT's prompt tuning pools padding on the right);
     - position_ids are honoured with prompt tuning and P-tuning as well, where PEFT drops them with a warning, and the
       samples of a batch that came packed do not see each other;
+    - heads that average rows average the text's own;
     - a causal language model in training mode, given labels, returns `logits=None` beside its loss unless
       `return_logits=True`.
 
