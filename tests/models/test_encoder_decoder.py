@@ -7,12 +7,26 @@ import pytest
 import torch
 from encoder_decoders import CONFIGS, build_seq2seq, seq2seq_batch
 from helpers import PAD, VOCABULARY, build
+from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
 
 P = 3
 DEEP = {"num_layers": 4, "encoder_layers": 4}  # transformers' generate wants as many as the decoder's
+
+
+@pytest.fixture(autouse=True)
+def stock_norms(monkeypatch):
+    """T5's norms count in float32 whatever the dtype, and ours do not: here none does, and none is replaced."""
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for norm in (T5LayerNorm, MT5LayerNorm, UMT5LayerNorm):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 def peft_model(backbone, kind: str, **config):
@@ -56,6 +70,16 @@ def test_fuse_equals_peft(family, kind):
         assert relative(got.loss, expected.loss) < 1e-7
         assert relative(gradient(fused), gradient(stock)) < 1e-6
     assert all(p.grad is None for p in fused.get_base_model().parameters())
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
+def test_fused_norms(family, monkeypatch):
+    monkeypatch.undo()
+    stock = peft_model(build_seq2seq(family), "prefix")
+    fused = fastprompt.fuse(copy.deepcopy(stock))
+    assert any("Fused" in type(module).__name__ and "Norm" in type(module).__name__ for module in fused.modules())
+    inputs = seq2seq_batch()
+    assert relative(fused(**inputs).logits, stock(**inputs).logits) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["bart", "mt5"])

@@ -16,6 +16,7 @@ from .attention import NAME
 from .backbone import NO_PROMPT, check_checkpointing, check_rows, check_values
 from .forward import packed_rows, padded_rows, scale_of
 from .inputs import PromptInputs
+from .layers import fuse_layers
 from .layout import NO_LABEL, Packing, Plan, PromptRows
 from .seq2seq_head import Seq2SeqHead
 from .stacks import Stack, fuse_stack
@@ -101,6 +102,7 @@ class PackedEncoderDecoder:
         if not fused or model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         if not fused:
+            fuse_layers(model)
             fuse_stack(self.encoder)
             fuse_stack(self.decoder)
 
