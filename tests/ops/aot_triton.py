@@ -4,7 +4,8 @@
 
 The capabilities are 80 and 90 by default; with words, only cases whose name has one of them are compiled. The host code
 runs as it is, on tensors without memory, and stops short of each launch. Exits with 1 where a kernel that must fit in
-registers (those of attention for 16-bit heads of 64 or 128 features, and all of the other operators) does not.
+registers (those of attention for 16-bit heads of 64 or 128 features, but for biases, and all of the other operators)
+does not.
 """
 
 import re

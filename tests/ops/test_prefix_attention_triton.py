@@ -111,7 +111,7 @@ POSITIONS = [  # of CASES, and columns of a table of biases, or lengths of the k
     (SMALL, 2, 1, 20, 20, 3, dict(), 61),
     ([40], 1, 1, 16, 3, 2, dict(is_causal=True, window=5, prefix_in_window=True), 1),
     (SMALL, 4, 2, 16, 5, 3, dict(), [3, 4, 20, 0]),
-    ([40], 2, 1, 20, 20, 1, dict(softcap=2.0), [1]),
+    ([2, 9], 2, 1, 20, 20, 1, dict(softcap=2.0), [100, 1]),
     ([0, 0], 2, 1, 16, 3, 1, dict(), [5, 0]),
 ]
 LARGE_POSITIONS = [
