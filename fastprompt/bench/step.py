@@ -62,6 +62,8 @@ class Model(NamedTuple):
         sizes |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
         if self.kind == "llama":
             return transformers.LlamaConfig(**sizes)
+        if self.kind == "qwen3":
+            return transformers.Qwen3Config(**sizes)
         return transformers.Gemma3TextConfig(**sizes, sliding_window=512)
 
 
@@ -69,6 +71,7 @@ MODELS = {
     "encoder-12x384": Model("encoder", 12, 384, 12, 12, 32, 1536, 32_000),
     "encoder-12x768": Model("encoder", 12, 768, 12, 12, 64, 3072, 32_000),
     "smollm2-135m": Model("llama", 30, 576, 9, 3, 64, 1536, 49_152),
+    "qwen3-0.6b-half": Model("qwen3", 14, 1024, 16, 8, 128, 3072, 151_936),
     "gemma-3-270m": Model("gemma", 18, 640, 4, 1, 256, 2048, 262_144),
 }
 
@@ -91,6 +94,7 @@ class Step(NamedTuple):
 
 
 STEPS = [Step(name, kind, "last") for name in ("smollm2-135m", "gemma-3-270m") for kind in ("prompt", "prefix")]
+STEPS += [Step("qwen3-0.6b-half", "prefix", "last")]
 STEPS += [Step("smollm2-135m", "prompt", "all"), Step("smollm2-135m", "prefix", "all")]
 STEEP = STEPS[-1]  # its real weights enlarge rounding: in float32 PEFT itself is 1.6e-3 off
 # With a prompt PEFT pools wrongly.
