@@ -172,16 +172,16 @@ def test_quantized(load, kind, tmp_path):
 
 
 def test_checkpointing_of_a_quantized_model(tmp_path):
-    """Of PEFT's preparation for it, the default is refused in words: it would drop the prompt."""
+    """Of PEFT's preparation for it, the reentrant kind is refused in words where it would drop a prefix."""
     backbone, inputs = build("llama", CLM, torch.float32), labelled()
     backbone.is_loaded_in_4bit = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.prepare_model_for_kbit_training(backbone, gradient_checkpointing_kwargs={"use_reentrant": True})
-        model = model_of("prompt", backbone)
+        model = model_of("prefix", backbone)
         with pytest.raises(ValueError, match="gradient checkpointing needs use_reentrant=False"):
             model(**inputs)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         got = loss_and_gradients(model, inputs)
-    expected = loss_and_gradients(model_of("prompt", build("llama", CLM, torch.float32)), inputs)
+    expected = loss_and_gradients(model_of("prefix", build("llama", CLM, torch.float32)), inputs)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
