@@ -169,6 +169,9 @@ def test_what_is_not_served_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             model(**inputs | {name: value})
+    model.cuda_graphs = True
+    with pytest.raises(ValueError, match="cuda_graphs .* not for encoder-decoders"):
+        model(**inputs)
 
 
 def prompt_model(family: str, **config) -> PromptModel:

@@ -121,7 +121,9 @@ class PackedEncoderDecoder:
         all_logits: bool = True,
         label_smoothing: float = 0.0,
         start: tuple[int, Tensor] | None = None,
-        **others,
+        pools_prompt: bool = False,
+        cuda_graphs: bool = False,
+        compile_options: dict | None = None,
     ):
         """Run the model on `inputs` (its own keyword arguments, padded) and return its own output class.
 
@@ -133,14 +135,16 @@ class PackedEncoderDecoder:
             labels: (B, L).
             all_logits: whether the logits of all the decoder's positions are wanted.
             label_smoothing: of the loss.
-            start: is refused.
-            others: of `PackedBackbone`; they change nothing here.
+            start, cuda_graphs, compile_options: are refused.
+            pools_prompt: changes nothing here, where no row is pooled.
 
         Raises:
             ValueError, IndexError: what a packed pass cannot serve, or prompts that do not fit.
         """
         if start is not None:
             raise ValueError("lower_states must not be given: the layers of an encoder-decoder all run")
+        if cuda_graphs or compile_options is not None:
+            raise ValueError("cuda_graphs and compile() are not for encoder-decoders: their steps run as they are")
         if packings is None:
             packings, _ = self.pack(inputs, labels)
         self.check_prompts(prompt_inputs)
