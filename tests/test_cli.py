@@ -111,7 +111,7 @@ def bad_inputs(files) -> dict[str, tuple[list, str]]:
         "unknown layer": (["--layers", "0,7"], "layers must be indices of the backbone's 3 layers, got 7"),
         "layers that are none": (["--layers", "first"], "layers must be numbers joined by commas.* got 'first'"),
         "prompt longer than the table": (["--num-virtual-tokens", "64"], "num_virtual_tokens must leave room"),
-        "unsupported family": (["--backbone", "t5"], "backbone must be of a family in .* got 't5'"),
+        "unsupported family": (["--backbone", "t5"], "backbone of family 't5' is not served: .* got T5Model"),
         "no such backbone": (["--backbone", "./nowhere"], r"backbone '\./nowhere' must be a model's folder"),
         "no such device": (["--device", "abacus"], "device must be a device of torch, got 'abacus'"),
     }

@@ -255,7 +255,7 @@ def test_a_file_of_a_later_version(tmp_path, caplog):
     later = {name: value for name, value in about.items() if name != "checksum"} | {"from_the_future": 1, "more": None}
     write_json(file, later)
     got = PromptModel.from_pretrained(build("bert"), tmp_path)
-    assert got.config == PromptConfig("prefix", P)
+    assert got.prompt_config == PromptConfig("prefix", P)
     assert "fastprompt_config.json: from_the_future, more is passed over: a newer version" in caplog.text
     file.write_text(json.dumps(about | {"num_virtual_tokens": P + 1}))
     with pytest.raises(ValueError, match="fastprompt_config.json is damaged: its checksum"):

@@ -184,5 +184,5 @@ def test_compile_with_prompt_rows():
     assert all(map(torch.equal, *(torch.autograd.grad(out, leaves, grad) for out in results)))
     arguments = *(x.detach().requires_grad_() for x in leaves), *torch.randn(2, 1, 2, 0, 16), bounds([9, 5]), None
     operator = torch.ops.fastprompt.prefix_attention.default
-    torch.library.opcheck(operator, (*arguments, None, 6, True, 0.25, -1, False, 0.0, 0.0))
-    torch.library.opcheck(operator, (*arguments, torch.tensor([3]), 6, True, 0.25, -1, False, 2.0, 0.4))
+    torch.library.opcheck(operator, (*arguments, None, None, None, 6, True, 0.25, -1, False, 0.0, 0.0))
+    torch.library.opcheck(operator, (*arguments, torch.tensor([3]), None, None, 6, True, 0.25, -1, False, 2.0, 0.4))
