@@ -170,16 +170,8 @@ class PackedBackbone:
         if cuda_graphs and own_loss and captured.serves(self.model, inputs, is_filled_up):
             batch = batch if items is None else batch._replace(items=torch.as_tensor(items))  # another in each step
             window, adapters = prompt_inputs.prefix_in_window, prompt_inputs.adapters
-            constants = (
-                repr(compile_options),
-                packing.shape,
-                all_logits,
-                label_smoothing,
-                layer,
-                window,
-                replaces_first,
-                pools_prompt,
-            )
+            constants = repr(compile_options), packing.shape, all_logits, label_smoothing
+            constants += layer, window, replaces_first, pools_prompt
             found = captured.run(self.model, run, batch, forward_of(batch).plan, constants, adapters)
         return run(batch) if found is None else found[0]
 
