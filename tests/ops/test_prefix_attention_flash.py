@@ -91,6 +91,20 @@ def test_against_float64(case, dtype):
     assert_within_budget(got, exact, plain, dtype)
 
 
+def test_a_prefix_index_of_prompt_rows():
+    """It can only name the one prefix there is; what lies behind it is not read."""
+    leaves = [torch.randn(9, heads, 16, dtype=DTYPES[0], device=DEVICE).requires_grad_() for heads in (2, 1, 1)]
+    nothing = torch.empty(1, 1, 0, 16, dtype=DTYPES[0], device=DEVICE)
+    bounds = torch.tensor([0, 4, 5], dtype=torch.int32, device=DEVICE)
+    index = torch.tensor([0, 0, 7], device=DEVICE)[:2]
+    settings = options(16, is_causal=True)
+    outs = [
+        call(*leaves, nothing, nothing, bounds, each, *settings, prompt_rows=4, longest=4)[0] for each in (None, index)
+    ]
+    grads = [torch.autograd.grad(out, leaves, torch.ones_like(out)) for out in outs]
+    assert torch.equal(*outs) and all(map(torch.equal, *grads))
+
+
 def test_prompt_rows():
     """The prompt's rows attend to themselves among the segments, and get the gradient of the prefix besides."""
     lengths, prompt = [9, 0, 33], 20

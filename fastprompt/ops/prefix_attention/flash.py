@@ -242,7 +242,7 @@ def prefix_attention(
     Without `max_seqlen` all T rows stand for it: B times the thread blocks, of which all but a B-th have nothing to do.
     """
     cu_seqlens = cu_seqlens.contiguous()  # the kernels know no stride of these
-    prefix_index = None if prefix_index is None else prefix_index.contiguous()
+    prefix_index = None if prefix_index is None or prompt_rows else prefix_index.contiguous()
     longest = query.shape[0] if max_seqlen is None else max_seqlen
     out, lse, _ = _run(
         *(query, key, value, prefix_key, prefix_value, cu_seqlens, prefix_index),
