@@ -45,7 +45,7 @@ class CausalHead:
         labels: (B, L) next-token labels, -100 for none; or None. All are checked, those at padding too.
         all_logits: whether the logits of all text positions are wanted.
         label_smoothing, num_items_in_batch: as transformers' Trainer counts them.
-        fused_lm_head: the model's forward is what TRL's trainers made of it, and is asked for what they take of the labels
+        fused_lm_head: the model's forward is what TRL's trainers made of it, and is asked for what they take of labels
             (log-probabilities, entropies), (B, L): at each label's own place, zero where nothing predicts one.
         is_filled_up: the batch was filled up to a shape, and what is planned has a shape of its own, too.
     """

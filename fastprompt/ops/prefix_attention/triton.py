@@ -116,18 +116,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:5], out, peak_sum, places, *inputs[5:10])
 
 
-def _backward_formula(ctx, grad_out, *_):
-    need = ctx.needs_input_grad
-    needs = need[0], need[1] or need[2], need[3] or need[4]
-    grads = _run_backward(grad_out, *ctx.saved_tensors, *ctx.options, *needs)
-    wanted = [g if wants else None for g, wants in zip(grads, need[:5], strict=True)]
-    return *wanted, *[None] * (len(need) - 5)
-
-
 _run = with_derivative(
     torch.ops.fastprompt.prefix_attention_triton.default,
     _setup_context,
-    once_differentiable("prefix_attention", _backward_formula),
+    once_differentiable("prefix_attention", launches.differentiated_by(_run_backward)),
     _forward,
 )
 

@@ -3,6 +3,7 @@
 All follow from shapes; no value on the device is read on the host.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -331,3 +332,16 @@ def gradients(
     needs = query_needs, segments_need, segments_need, prefix_needs, prefix_needs
     tensors = query, key, value, prefix_key, prefix_value
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(tensors, needs, strict=True))
+
+
+def differentiated_by(run_backward: Callable) -> Callable:
+    """The formula of an autograd.Function, by an operator that takes what it saved, its options and what is needed."""
+
+    def formula(ctx, grad_out, *_):
+        need = ctx.needs_input_grad
+        needs = need[0], need[1] or need[2], need[3] or need[4]
+        grads = run_backward(grad_out, *ctx.saved_tensors, *ctx.options, *needs)
+        wanted = [g if wants else None for g, wants in zip(grads, need[:5], strict=True)]
+        return *wanted, *[None] * (len(need) - 5)
+
+    return formula
