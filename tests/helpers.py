@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fastprompt.tasks.parallel import Pair
-from fastprompt.tasks.pawsx import Example
-from fastprompt.tasks.squad import Answer, Question
+from fastprompt.data.examples import Answer, Pair, Question, Text
 
 VOCABULARY, PAD = 61, 1
 
@@ -71,7 +69,7 @@ def tokenizer_file() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def paraphrases(count: int, seed: int = 0) -> list[Example]:
+def paraphrases(count: int, seed: int = 0) -> list[Text]:
     """Sentences of the first words, with their "translations" (label 1) or those of other words."""
     rng = random.Random(seed)
     examples = []
@@ -79,7 +77,7 @@ def paraphrases(count: int, seed: int = 0) -> list[Example]:
         words = rng.sample(range(20), 4)
         other = words if n % 2 else rng.sample(range(20), 4)
         sentences = " ".join(WORDS[word] for word in words), " ".join(WORDS[word + 20] for word in other)
-        examples.append(Example(f"p{n}", *sentences, n % 2))
+        examples.append(Text(f"p{n}", *sentences, str(n % 2)))
     return examples
 
 
@@ -105,9 +103,9 @@ def write_questions(file: Path, questions: list[Question]) -> None:
     file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
 
 
-def write_examples(file: Path, examples: list[Example]) -> None:
+def write_examples(file: Path, examples: list[Text]) -> None:
     """As XTREME has PAWS-X."""
-    file.write_text("".join(f"{each.sentence1}\t{each.sentence2}\t{each.label}\n" for each in examples))
+    file.write_text("".join(f"{each.text}\t{each.text_pair}\t{each.label}\n" for each in examples))
 
 
 def translations(count: int, seed: int = 0) -> list[Pair]:
@@ -135,3 +133,8 @@ def save_backbone(family: str, folder: Path, auto: str = "AutoModel", **config) 
         tokenizer_file=str(folder / "tokenizer.json"), unk_token="<unk>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
+
+
+def warned(caplog) -> list[str]:
+    """The warnings; what is merely told comes as well, once a command has run in the process."""
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

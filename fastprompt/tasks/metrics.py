@@ -1,13 +1,14 @@
-"""Scores of XQuAD, MLQA and PAWS-X, in percent: to the digit those of the official scripts, quirks included."""
+"""Scores of SQuAD, XQuAD, MLQA and PAWS-X, in percent: to the digit those of the official scripts, quirks included."""
 
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from ._reading import check_choice
-from .squad import Question
+from fastprompt.data.examples import Question
+from fastprompt.data.reading import check_choice
 
 _PUNCTUATION = frozenset(string.punctuation)
 
@@ -41,7 +42,7 @@ def squad_scores(questions: Sequence[Question], predictions: Mapping[str, str]) 
     Raises:
         ValueError: no questions, one without answers, or two of one id.
     """
-    return _answer_scores(questions, predictions, _squad_tokens)
+    return answer_scores("squad", questions, _by_id(questions, predictions))
 
 
 def mlqa_scores(questions: Sequence[Question], predictions: Mapping[str, str], language: str) -> dict[str, float]:
@@ -51,14 +52,22 @@ def mlqa_scores(questions: Sequence[Question], predictions: Mapping[str, str], l
     character of U+4E00 to U+9FA5 is a token.
 
     Args:
-        questions, predictions: as of `squad_scores`.
-        language: of the contexts, so of the answers too; that of the questions is of no account.
+        questions, predictions: as `squad_scores` takes them.
+        language: the language of the contexts, and so of the answers; that of the questions does not matter.
 
     Raises:
         ValueError: an unknown language, or as `squad_scores`.
     """
     check_choice("language", language, tuple(_ARTICLES))
-    return _answer_scores(questions, predictions, lambda text: _mlqa_tokens(text, language))
+    return answer_scores("mlqa", questions, _by_id(questions, predictions), language)
+
+
+def check_equally_many(name: str, truth: Sequence, predictions: Sequence) -> None:
+    """Raise a ValueError unless there are as many predictions as there is to score, and any at all."""
+    if len(truth) != len(predictions) or len(truth) == 0:
+        raise ValueError(
+            f"{name} and predictions must be equally many and not none, got {len(truth)} and {len(predictions)}"
+        )
 
 
 def accuracy(truth: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
@@ -67,10 +76,7 @@ def accuracy(truth: Sequence[int], predictions: Sequence[int]) -> dict[str, floa
     Raises:
         ValueError: none, or not as many predictions as labels.
     """
-    if len(truth) != len(predictions) or len(truth) == 0:
-        raise ValueError(
-            f"truth and predictions must be equally many and not none, got {len(truth)} and {len(predictions)}"
-        )
+    check_equally_many("truth", truth, predictions)
     correct = sum(int(label == prediction) for label, prediction in zip(truth, predictions, strict=True))
     return {"accuracy": correct / len(truth) * 100}
 
@@ -116,32 +122,81 @@ def _mlqa_tokens(text: str, language: str) -> list[str]:
 
 
 def answer_scores(
-    task: str, questions: Sequence[Question], predictions: Mapping[str, str], language: str
+    rules: str,
+    questions: Sequence[Question],
+    predictions: Sequence[str | None],
+    language: str = "en",
+    unanswerable: bool = False,
 ) -> dict[str, float]:
-    """`mlqa_scores` for "mlqa", for "xquad" `squad_scores`, which are the same in every language."""
-    if task == "mlqa":
-        return mlqa_scores(questions, predictions, language)
-    return squad_scores(questions, predictions)
+    """Score answers, in the order of their questions, whose ids are not read.
 
+    Args:
+        rules: "squad", "xquad", which has the same, or "mlqa": how texts are compared.
+        questions: each with answers, if not `unanswerable`.
+        predictions: None where there is none, which scores 0.
+        language: the language of the contexts, which the rules of "mlqa" go by.
+        unanswerable: score as SQuAD v2 does, where questions may have no answer, to which "" is the right one.
 
-def _answer_scores(
-    questions: Sequence[Question], predictions: Mapping[str, str], tokens: Callable[[str], list[str]]
-) -> dict[str, float]:
+    Returns:
+        "exact_match" and "f1", 0 to 100. If `unanswerable`, also "HasAns_exact" and "HasAns_f1" of the questions that
+        have answers, and "NoAns_exact" and "NoAns_f1" of the others, unless there are none.
+
+    Raises:
+        ValueError: no questions, one without answers, as many predictions as there are not questions, or an unknown
+            language.
+    """
     if not questions:
         raise ValueError("questions must hold at least one")
+    if len(questions) != len(predictions):
+        raise ValueError(f"questions and predictions must be equally many, got {len(questions)} and {len(predictions)}")
+    if rules == "mlqa":
+        check_choice("language", language, tuple(_ARTICLES))
+    tokens = partial(_mlqa_tokens, language=language) if rules == "mlqa" else _squad_tokens
+    best = _best_without_answers if unanswerable else _best
+    found = [best(question, text, tokens) for question, text in zip(questions, predictions, strict=True)]
+    scores = dict(zip(("exact_match", "f1"), _means(found), strict=True))
+    for name, answered in (("HasAns", True), ("NoAns", False)) if unanswerable else ():
+        of_kind = [each for each, question in zip(found, questions, strict=True) if bool(question.answers) == answered]
+        if of_kind:
+            scores |= dict(zip((f"{name}_exact", f"{name}_f1"), _means(of_kind), strict=True))
+    return scores
+
+
+def _by_id(questions: Sequence[Question], predictions: Mapping[str, str]) -> list[str | None]:
+    """Predictions in the order of the questions."""
     if len({question.id for question in questions}) < len(questions):
         [(id, count)] = Counter(question.id for question in questions).most_common(1)
         raise ValueError(f"questions must have ids of their own to be scored, got {id!r} {count} times")
-    exact_match = f1 = 0
-    for question in questions:
-        if not question.answers:
-            raise ValueError(f"questions must have answers to be scored, {question.id!r} has none")
-        if question.id in predictions:
-            prediction = tokens(predictions[question.id])
-            answers = [tokens(answer.text) for answer in question.answers]
-            exact_match += max(prediction == answer for answer in answers)
-            f1 += max(_f1(prediction, answer) for answer in answers)
-    return {"exact_match": 100.0 * exact_match / len(questions), "f1": 100.0 * f1 / len(questions)}
+    return [predictions.get(question.id) for question in questions]
+
+
+def _best(question: Question, prediction: str | None, tokens: Callable[[str], list[str]]) -> tuple[float, float]:
+    """Exact match and F1 of one prediction, by SQuAD v1.1."""
+    if not question.answers:
+        raise ValueError(f"questions must have answers to be scored, {question.id!r} has none")
+    if prediction is None:
+        return 0, 0
+    got, answers = tokens(prediction), [tokens(answer.text) for answer in question.answers]
+    return max(got == answer for answer in answers), max(_f1(got, answer) for answer in answers)
+
+
+def _best_without_answers(
+    question: Question, prediction: str | None, tokens: Callable[[str], list[str]]
+) -> tuple[float, float]:
+    """Exact match and F1 of one prediction, by SQuAD v2: texts with nothing left are the same, and F1 says so."""
+    if question.answers is None:
+        raise ValueError(f"questions must have answers, or an empty list, to be scored, {question.id!r} has neither")
+    if prediction is None:
+        return 0, 0
+    got, answers = tokens(prediction), [each for each in (tokens(answer.text) for answer in question.answers) if each]
+    answers = answers or [[]]
+    return max(got == answer for answer in answers), max(
+        _f1(got, answer) if got and answer else float(got == answer) for answer in answers
+    )
+
+
+def _means(found: Sequence[tuple[float, float]]) -> list[float]:
+    return [100.0 * sum(each) / len(found) for each in zip(*found, strict=True)]
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprompt.tasks.metrics import accuracy, macro, mlqa_scores, squad_scores
-from fastprompt.tasks.squad import Answer, Question
+from fastprompt.data.examples import Answer, Question
+from fastprompt.tasks.metrics import accuracy, answer_scores, macro, mlqa_scores, squad_scores
 
 ARTICLES = {
     "en": r"\b(a|an|the)\b",
@@ -158,6 +158,63 @@ def test_answer_errors():
         mlqa_scores([ask()], {}, "en")
     with pytest.raises(ValueError, match="language must be one of en, de, es, ar, zh, vi, hi, got 'ru'"):
         mlqa_scores([ask("a")], {}, "ru")
+
+
+def official_without_answers(questions, predictions) -> dict[str, float]:
+    """The steps of SQuAD v2's script."""
+    exact, f1 = {}, {}
+    for question in questions:
+        golds = [answer.text for answer in question.answers if squad_normal(answer.text)] or [""]
+        exact[question.id], f1[question.id] = 0, 0
+        for gold in golds:
+            ours, theirs = squad_normal(predictions[question.id]).split(), squad_normal(gold).split()
+            same = sum((Counter(ours) & Counter(theirs)).values())
+            if not ours or not theirs:
+                score = int(ours == theirs)
+            else:
+                score = 2 * same / (len(ours) + len(theirs))
+            exact[question.id] = max(exact[question.id], int(ours == theirs))
+            f1[question.id] = max(f1[question.id], score)
+    with_answers = {question.id: bool(question.answers) for question in questions}
+    scores = {}
+    for exact_name, f1_name, kinds in (
+        ("exact_match", "f1", (True, False)),
+        ("HasAns_exact", "HasAns_f1", (True,)),
+        ("NoAns_exact", "NoAns_f1", (False,)),
+    ):
+        ids = [id for id, kind in with_answers.items() if kind in kinds]
+        if ids:
+            scores[exact_name] = 100.0 * sum(exact[id] for id in ids) / len(ids)
+            scores[f1_name] = 100.0 * sum(f1[id] for id in ids) / len(ids)
+    return scores
+
+
+WORDY = st.lists(st.sampled_from(["the", "old", "mill", "a", ".", "river"]), max_size=4).map(" ".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.lists(WORDY, max_size=3), WORDY), min_size=1, max_size=5))
+def test_questions_without_answers(drawn):
+    questions = [ask(*answers, id=n) for n, (answers, _) in enumerate(drawn)]
+    predictions = [prediction for _, prediction in drawn]
+    expected = official_without_answers(questions, dict(enumerate(predictions)))
+    assert answer_scores("squad", questions, predictions, unanswerable=True) == pytest.approx(expected)
+
+
+def test_scores_in_order():
+    """Of questions whose ids may be anything, and the same."""
+    questions = [ask("old mill", id=["q"]), ask("river", id=["q"])]
+    assert answer_scores("xquad", questions, ["mill", None]) == {"exact_match": 0, "f1": pytest.approx(100 / 3)}
+    assert answer_scores("mlqa", [ask("der Hof")], ["Hof"], "de")["exact_match"] == 100
+    none = answer_scores("mlqa", [ask("dem Hof"), ask()], ["Hof", ""], "de", unanswerable=True)
+    assert set(none.values()) == {100.0} and len(none) == 6
+    assert answer_scores("squad", [ask("a"), ask()], [None, None], unanswerable=True)["NoAns_exact"] == 0
+    with pytest.raises(ValueError, match="questions and predictions must be equally many, got 2 and 1"):
+        answer_scores("squad", questions, ["mill"])
+    with pytest.raises(ValueError, match="language must be one of .*, got 'yor'"):
+        answer_scores("mlqa", questions, ["a", "b"], "yor")
+    with pytest.raises(ValueError, match="must have answers, or an empty list, to be scored, 'q' has neither"):
+        answer_scores("squad", [ask()._replace(answers=None)], ["a"], unanswerable=True)
 
 
 def test_accuracy():

@@ -1,41 +1,41 @@
 """A task's examples by one notation, for command lines and configuration files."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import mlqa, pawsx, xquad
-from ._reading import check_choice
-from .squad import Question, read_squad
+from .examples import Answer, Question, Text
+from .reading import check_choice, parse_split, read_json
+from .squad import question_rows
 
 TASKS = ("xquad", "mlqa", "pawsx")
 
-_SLICED = re.compile(r"(?P<split>.+?)(?:\[(?P<begin>\d*):(?P<end>\d*)\])?")
 
-
-def read_examples(task: str, data: str | Path, language: str, split: str) -> list[Question] | list[pawsx.Example]:
+def read_examples(task: str, data: str | Path, language: str, split: str) -> list[Question] | list[Text]:
     """Read the examples of a language, in file order.
 
     Args:
         task: one of `TASKS`.
-        data: folder or name on the hub, as of `read` of the task's module. Not read where `split` is a file.
-        language: of the task; for mlqa "de" or, with questions in another language than the contexts, "de-en".
+        data: the data's folder, or its name on the hub, as `read` of the task's module takes it. It is not read where
+            `split` is a file.
+        language: one of the task's languages; for mlqa "de" or, with questions in another language than the contexts,
+            "de-en".
         split: "train", "dev" or "test" (xquad has "test" alone, mlqa "translate-train" and "translate-dev" instead of
             "train", which are SQuAD in another language); for xquad and mlqa also a file in SQuAD's form, such
-            as SQuAD's or TyDi QA's for training, where ids may repeat and are exchanged for row numbers. A slice of its
+            as SQuAD's or TyDi QA's for training: its ids may be anything, and row numbers stand for them. A slice of
             rows may follow, as in "dev[:1400]" or "train.json[200:]"; those of pawsx are counted before pairs without a
             translation are left out.
 
     Raises:
-        ValueError: an unknown task, language or split; or, with OSError and ImportError, as of the task's `read`.
+        OSError, ImportError: as `read` of the task's module.
+        ValueError: as that `read`; also for an unknown task, language or split.
     """
     check_choice("task", task, TASKS)
     name, rows = parse_split(split)
     if task == "pawsx":
         return pawsx.read(data, language, name, rows)
     if name.endswith(".json"):
-        questions = read_squad(name)
-        return [question._replace(id=str(n)) for n, question in enumerate(questions)][rows]
+        return _numbered(name)[rows]
     if task == "xquad":
         check_choice("split", name, ("test",))
         return xquad.read(data, language)[rows]
@@ -45,13 +45,17 @@ def read_examples(task: str, data: str | Path, language: str, split: str) -> lis
     return mlqa.read(data, context_language, question_language or context_language, name)[rows]
 
 
-def parse_split(split: str) -> tuple[str, slice]:
-    """ "dev[:1400]" -> "dev", slice(None, 1400)."""
-    match = _SLICED.fullmatch(split)
-    if match is None:
-        raise ValueError(f"split must be a name or a file, with or without a slice such as [:1400], got {split!r}")
-    begin, end = (int(match[name]) if match[name] else None for name in ("begin", "end"))
-    return match["split"], slice(begin, end)
+def _numbered(file: str) -> list[Question]:
+    """The questions of a file in SQuAD's form, with the number of each for its id."""
+    questions = []
+    for number, (_, row) in enumerate(question_rows(read_json(file), file)):
+        answers = row.get("answers")
+        if answers is not None:
+            answers = [Answer(*each) for each in zip(answers["text"], answers["answer_start"], strict=True)]
+        questions.append(Question(str(number), row["question"], row["context"], answers))
+    if not questions:
+        raise ValueError(f"{file}: no questions in it, expected at least one")
+    return questions
 
 
 def spread(examples: Sequence, limit: int | None) -> list:

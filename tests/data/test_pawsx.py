@@ -5,21 +5,21 @@ import io
 
 import pytest
 
-from fastprompt.tasks import pawsx
-from fastprompt.tasks.pawsx import Example
+from fastprompt.data import pawsx
+from fastprompt.data.examples import Text
 
 HEADER = "id\tsentence1\tsentence2\tlabel\n"
 # Quotation marks of every kind; U+2028 and U+0085 end no line.
 ROWS = [
-    ("4", "Die Tante backt.", "Es backt die Tante.", 1),
-    ("6", "NS", "Er sagte „ja“.", 0),
-    ("9", '"Nein", sagte sie.', 'Sie sagte "nein".', 1),
-    ("12", "Hans kam vor Eva\u2028an.", "Eva kam vor\x85Hans an.", 0),
-    ("13", "Das NS steht für Nuss.", "NS", 1),
-    ("15", '"Ganz in Zeichen"', "", 0),
-    ("20", '"', '""', 0),
+    ("4", "Die Tante backt.", "Es backt die Tante.", "1"),
+    ("6", "NS", "Er sagte „ja“.", "0"),
+    ("9", '"Nein", sagte sie.', 'Sie sagte "nein".', "1"),
+    ("12", "Hans kam vor Eva\u2028an.", "Eva kam vor\x85Hans an.", "0"),
+    ("13", "Das NS steht für Nuss.", "NS", "1"),
+    ("15", '"Ganz in Zeichen"', "", "0"),
+    ("20", '"', '""', "0"),
 ]
-KEPT = [Example(*ROWS[row]) for row in (0, 2, 3, 6)]
+KEPT = [Text(*ROWS[row]) for row in (0, 2, 3, 6)]
 
 
 def official(rows) -> str:
@@ -50,29 +50,29 @@ def test_official_names(tmp_path):
     names = {("en", "train"): "train", ("de", "train"): "translated_train", ("en", "dev"): "dev_2k"}
     names |= {("de", "test"): "test_2k", ("zh", "test"): "test_2k"}
     for number, ((language, _), name) in enumerate(names.items()):
-        write(tmp_path / "x-final" / language / f"{name}.tsv", official([(number, "a", "b", 1)]))
+        write(tmp_path / "x-final" / language / f"{name}.tsv", official([(number, "a", "b", "1")]))
     for number, (language, split) in enumerate(names):
-        assert pawsx.read(tmp_path, language, split) == [Example(str(number), "a", "b", 1)]
+        assert pawsx.read(tmp_path, language, split) == [Text(str(number), "a", "b", "1")]
     with pytest.raises(FileNotFoundError, match=r"neither x-final/fr/dev_2k\.tsv nor .* nor dev-fr\.tsv"):
         pawsx.read(tmp_path, "fr", "dev")
 
 
 def test_xtreme_layout(tmp_path):
     write(tmp_path / "dev-de.tsv", xtreme(ROWS))
-    expected = [Example(str(row + 1), *ROWS[row][1:]) for row in (0, 2, 3, 6)]
+    expected = [Text(str(row + 1), *ROWS[row][1:]) for row in (0, 2, 3, 6)]
     assert pawsx.read(tmp_path, "de", "dev") == expected
 
 
 def test_xtreme_layout_without_its_quoting(tmp_path):
     """A text that merely begins, or merely ends, with a quotation mark stays as it is."""
     file = write(tmp_path / "dev.tsv", '"Ja", sagte er.\tEr sagte "ja"\t1\n"Ja" und "nein"\tBeides\t0\n')
-    expected = [("1", '"Ja", sagte er.', 'Er sagte "ja"', 1), ("2", '"Ja" und "nein"', "Beides", 0)]
-    assert pawsx.read_file(file) == [Example(*row) for row in expected]
+    expected = [("1", '"Ja", sagte er.', 'Er sagte "ja"', "1"), ("2", '"Ja" und "nein"', "Beides", "0")]
+    assert pawsx.read_file(file) == [Text(*row) for row in expected]
 
 
 @pytest.mark.parametrize("rows", [slice(2), slice(1, 4), slice(3, None), slice(-1, None), slice(None, None, 2)])
 def test_rows_are_chosen_before_any_is_left_out(tmp_path, rows):
-    expected = [example for example in [Example(*row) for row in ROWS][rows] if example in KEPT]
+    expected = [example for example in [Text(*row) for row in ROWS][rows] if example in KEPT]
     write(tmp_path / "de/test_2k.tsv", official(ROWS))
     assert pawsx.read(tmp_path, "de", "test", rows) == expected
     file = write(tmp_path / "test.tsv", xtreme(ROWS))
@@ -81,7 +81,7 @@ def test_rows_are_chosen_before_any_is_left_out(tmp_path, rows):
 
 def test_dataset(write_dataset):
     columns = dict(zip(("id", "sentence1", "sentence2", "label"), map(list, zip(*ROWS, strict=True)), strict=True))
-    columns["id"] = [int(id) for id in columns["id"]]
+    columns |= {name: [int(each) for each in columns[name]] for name in ("id", "label")}
     folder = write_dataset({"de": {"validation": columns}, "fr": {"test": columns | {"label": [1, -1] + [0] * 5}}})
     assert pawsx.read(folder, "de", "dev") == KEPT
     assert pawsx.read(folder, "de", "dev", slice(1, 3)) == KEPT[1:2]

@@ -3,29 +3,28 @@
 import gettext
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from fastprompt._extras import require
 
-from ._reading import read_lines, shorten, tell_left_out
+from .examples import Pair
+from .files import SUFFIXES
+from .reading import parse_split, read_lines, shorten, tell_left_out
+from .table import read_examples
 
 THIRD_COLUMNS = ("label", "ignore")
 _NUMBER = re.compile(r"[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?%?")
 _ID = re.compile(r"(?=.*\d)[\w.:#/-]+")
 
 
-class Pair(NamedTuple):
-    """An English sentence, its translation and, for a task, a label."""
-
-    source: str
-    target: str
-    label: str | None = None
-
-
 def read_pairs(
-    path: str | Path, target_path: str | Path | None = None, *, third_column: str | None = None
+    path: str | Path,
+    target_path: str | Path | None = None,
+    *,
+    third_column: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Pair]:
     """Read parallel sentences, in file order, surrounding white space removed.
 
@@ -33,14 +32,22 @@ def read_pairs(
         path: one of
             a gettext catalogue `.po`: the entries that are translated (not with mere white space), neither fuzzy nor
             obsolete, of plural entries the form for one; msgid is the English side;
+            a table of named columns, source and target: CSV, JSON, JSON Lines or Parquet, and with `columns` whatever
+            `fastprompt.data.table.iter_rows` reads;
             any other name, alone: English, tab, translation, and in every row or in none a tab and a third column;
             any other name, with `target_path`: English, one sentence a line.
         target_path: the translations, line by line those of `path`.
         third_column: what it is, where there is one: a "label", or something to "ignore", such as a licence.
             None: there is none.
+        columns: the table's names for source, target and, if the pairs have one, label, which is not read unless it is
+            named here: {"source": "translation.en", "target": "translation.yor"}.
 
-    Text is UTF-8 (a byte order mark is passed over), of a catalogue whatever its header declares; lines end with LF or
-    CRLF. Of files other than catalogues nothing is left out: a row that cannot be used is an error.
+    Text is UTF-8 or, by its byte order mark, UTF-16, of a catalogue whatever its header declares. Of files other than
+    catalogues nothing is left out, but rows of a table with null for a side: a row that cannot be used is an error.
+
+    Example:
+        >>> read_pairs("pairs.tsv")[0]  # a line of it: Good morning.<tab>Bore da.
+        Pair(source='Good morning.', target='Bore da.', label=None)
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -48,19 +55,41 @@ def read_pairs(
             label that is empty, a third column in some rows only or not asked for, numbers or ids instead of English in
             all rows, files of different length, or no pairs at all.
     """
-    path = Path(path)
     if third_column not in (None, *THIRD_COLUMNS):
         raise ValueError(f"third_column must be one of {THIRD_COLUMNS}, got {third_column!r}")
-    if target_path is not None:
-        pairs = _read_aligned(path, Path(target_path))
-    elif path.suffix == ".po":
+    is_table = columns is not None or SUFFIXES.get(Path(parse_split(str(path))[0]).suffix.lower(), "tsv") != "tsv"
+    if is_table and (target_path or third_column):
+        raise ValueError(f"{path}: a table of named columns, got target_path or third_column with it: name the columns")
+    if is_table:
+        pairs = read_examples(_Columns("label" in (columns or ())), str(path), columns=columns)
+    elif target_path is not None:
+        pairs = _read_aligned(Path(path), Path(target_path))
+    elif Path(path).suffix == ".po":
         pairs = read_catalogue(path)
     else:
-        pairs = _read_table(path, third_column)
+        pairs = _read_table(Path(path), third_column)
     if not pairs:
         raise ValueError(f"{path}: no pairs in it, expected at least one")
     _check_english(path, pairs)
     return pairs
+
+
+class _Columns:
+    """What is read of a table; a label only if it was named."""
+
+    columns = {"source": "the English sentence", "target": "its translation"}
+    labels = ()
+    optional = ()
+
+    def __init__(self, has_label: bool):
+        if has_label:
+            self.columns = self.columns | {"label": "of the pair"}
+
+    def example(self, row: Mapping[str, Any], where: str, number: int, *, labelled: bool = True) -> Pair:
+        for name in self.columns:
+            if type(row.get(name)) is not str:
+                raise ValueError(f"{where}, column {name}: got {shorten(row.get(name))}, expected a string")
+        return _pair(where, *(row[name] for name in self.columns))
 
 
 def read_catalogue(path: str | Path) -> list[Pair]:
@@ -96,13 +125,13 @@ def split_pairs(pairs: Sequence[Pair], test: int, train: int, seed: int) -> tupl
     if test < 0 or train < 0:
         raise ValueError(f"test and train must not be negative, got {test} and {train}")
     if test + train > len(pairs):
-        raise ValueError(f"{test} pairs for testing and {train} for training asked for, only {len(pairs)} are there")
+        raise ValueError(f"test and train must be at most {len(pairs)} pairs together, got {test} and {train}")
     shuffled = list(pairs)
     random.Random(seed).shuffle(shuffled)
     return shuffled[:test], shuffled[test : test + train]
 
 
-def _check_english(path: Path, pairs: Sequence[Pair]) -> None:
+def _check_english(path: str | Path, pairs: Sequence[Pair]) -> None:
     """Scores and ids stand in the first column of some corpora, and would pass for English."""
     sources = [pair.source for pair in pairs]
     numbers = all(_NUMBER.fullmatch(source) for source in sources)

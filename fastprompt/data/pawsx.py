@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
-from ._reading import check_choice, find_file, load_rows, read_lines, shorten, tell_left_out
+from .examples import Text
+from .reading import check_choice, find_file, load_rows, read_lines, shorten, tell_left_out
 
 LANGUAGES = ("en", "fr", "es", "de", "zh", "ja", "ko")
 
@@ -13,16 +13,7 @@ _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
 
-class Example(NamedTuple):
-    """Two sentences, and 1 if they say the same, otherwise 0."""
-
-    id: str
-    sentence1: str
-    sentence2: str
-    label: int
-
-
-def read(data: str | Path, language: str, split: str, rows: slice | None = None) -> list[Example]:
+def read(data: str | Path, language: str, split: str, rows: slice | None = None) -> list[Text]:
     """Read the pairs of a language, in file order, those without a translation left out.
 
     Args:
@@ -36,7 +27,7 @@ def read(data: str | Path, language: str, split: str, rows: slice | None = None)
     Raises:
         ValueError: an unknown language or split, or as `read_file` has it.
         FileNotFoundError: a folder without the file.
-        ImportError, OSError: as of `load_rows`.
+        ImportError, OSError: as `load_rows`.
     """
     check_choice("language", language, LANGUAGES)
     check_choice("split", split, tuple(_HUB_SPLITS))
@@ -53,8 +44,8 @@ def read(data: str | Path, language: str, split: str, rows: slice | None = None)
     return _translated(where, examples, rows)
 
 
-def read_file(path: str | Path, rows: slice | None = None) -> list[Example]:
-    """Read a file of either layout, told apart by the first line; `rows` as of `read`.
+def read_file(path: str | Path, rows: slice | None = None) -> list[Text]:
+    """Read a file of either layout; the first line tells which. `rows` chooses rows as for `read`.
 
     official: a header, id, sentence1, sentence2 and label, text as it stands;
     XTREME's: no header, sentence1, sentence2 and label, a text with quotation marks put into quotation marks and those
@@ -87,16 +78,16 @@ def read_file(path: str | Path, rows: slice | None = None) -> list[Example]:
     return _translated(path, examples, rows)
 
 
-def _example(where: str, cells: list[str]) -> Example:
+def _example(where: str, cells: list[str]) -> Text:
     id, sentence1, sentence2, label = (cell.strip() for cell in cells)
     if label not in ("0", "1"):
         raise ValueError(f"{where}, label: got {shorten(label)}, expected 0 or 1")
-    return Example(id, sentence1, sentence2, int(label))
+    return Text(id, sentence1, sentence2, label)
 
 
-def _translated(where: str | Path, examples: list[Example], rows: slice | None) -> list[Example]:
+def _translated(where: str | Path, examples: list[Text], rows: slice | None) -> list[Text]:
     chosen = examples if rows is None else examples[rows]
-    kept = [example for example in chosen if not {example.sentence1, example.sentence2} & {"", "NS"}]
+    kept = [example for example in chosen if not {example.text, example.text_pair} & {"", "NS"}]
     tell_left_out(where, len(chosen) - len(kept), len(chosen), "pairs, with NS or without a text,")
     return kept
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastprompt.tasks.data import parse_split, read_examples, spread
-from fastprompt.tasks.squad import Answer, Question
+from fastprompt.data.examples import Answer, Question
+from fastprompt.data.presets import parse_split, read_examples, spread
 
 QUESTIONS = [Question(id, f"q{n}", f"context {n}", [Answer(str(n), 8)]) for n, id in enumerate("aabc")]
 
@@ -30,8 +30,8 @@ def test_split_without_a_name():
 
 @pytest.mark.parametrize("task", ["xquad", "mlqa"])
 def test_a_file_for_training(write_squad, task):
-    """Ids may repeat there: row numbers stand for them, counted before the slice."""
-    file = write_squad("train.json", QUESTIONS)
+    """Ids may be anything there, and repeat: row numbers stand for them, counted before the slice."""
+    file = write_squad("train.json", [*QUESTIONS[:2], *(each._replace(id=7) for each in QUESTIONS[2:])])
     read = read_examples(task, "not read", "en", f"{file}[1:3]")
     assert [question.id for question in read] == ["1", "2"]
     assert [question[1:] for question in read] == [question[1:] for question in QUESTIONS[1:3]]
@@ -48,8 +48,8 @@ def test_slices_of_test_sets(write_squad):
 
 def test_rows_of_pawsx_are_counted_before_any_is_left_out(tmp_path):
     (tmp_path / "dev-de.tsv").write_text("a\tb\t1\nNS\tb\t0\nc\td\t0\ne\tf\t1\n")
-    assert [each.sentence1 for each in read_examples("pawsx", tmp_path, "de", "dev[1:3]")] == ["c"]
-    assert [each.sentence1 for each in read_examples("pawsx", tmp_path, "de", "dev[:2]")] == ["a"]
+    assert [each.text for each in read_examples("pawsx", tmp_path, "de", "dev[1:3]")] == ["c"]
+    assert [each.text for each in read_examples("pawsx", tmp_path, "de", "dev[:2]")] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .parallel import Pair
+from .examples import Pair
+from .reading import check_count
 from .words import begins_sentence, word_key, word_spans
 
 
@@ -19,7 +20,7 @@ def learn_lexicon(pairs: Sequence[Pair], iterations: int = 5, threshold: float =
 
     Args:
         pairs: parallel sentences; some hundreds give the frequent words only.
-        iterations: of expectation maximisation.
+        iterations: steps of expectation maximisation.
         threshold: 0 to 1; the least share of the occurrences of both words at which they must be aligned. Words seen
             together in one pair alone are left out.
 
@@ -32,8 +33,7 @@ def learn_lexicon(pairs: Sequence[Pair], iterations: int = 5, threshold: float =
     """
     if not pairs:
         raise ValueError("pairs must hold at least one pair, got none")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    check_count("iterations", iterations)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     sources, source_words = _numbered([pair.source for pair in pairs])

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprompt.tasks.parallel import Pair
-from fastprompt.tasks.pseudo import cloze_questions, code_switch, code_switch_question, paraphrase_pairs
-from fastprompt.tasks.squad import Answer, Question
-from fastprompt.tasks.words import word_key, word_spans
+from fastprompt.data.examples import Answer, Pair, Question
+from fastprompt.data.pseudo import cloze_questions, code_switch, code_switch_question, paraphrase_pairs
+from fastprompt.data.words import word_key, word_spans
 
 NAMES = ["Berlin", "Rome", "Paris", "Vienna", "Cairo", "Tokyo"]
 ENGLISH = [
@@ -83,9 +82,13 @@ def test_blank():
     ("passages", "count", "message"),
     [
         ([], 1, "passages must hold at least one, got none"),
-        (ENGLISH, 0, "count must be at least 1, got 0"),
-        (["nothing with a name is in this very long sentence."], 1, "1 questions asked for, only 0 could be made of 1"),
-        (ENGLISH[:1] * 2, 50, "50 questions asked for, only 3 could be made of 2 passages"),
+        (ENGLISH, 0, "count must be a positive integer, got 0"),
+        (
+            ["nothing with a name is in this very long sentence."],
+            1,
+            "count must be at most 0, as many as could be made of 1 passages, got 1",
+        ),
+        (ENGLISH[:1] * 2, 50, "count must be at most 3, .* of 2 passages, got 50"),
     ],
 )
 def test_cloze_errors(passages, count, message):
@@ -98,10 +101,10 @@ def test_cloze_errors(passages, count, message):
 def test_paraphrase_pairs(lexicon, count):
     examples = paraphrase_pairs(PAIRS, count, seed=0, lexicon=lexicon)
     labels = Counter(each.label for each in examples)
-    assert (labels[1], labels[0]) == (count - count // 2, count // 2)
+    assert (labels["1"], labels["0"]) == (count - count // 2, count // 2)
     assert len({each.id for each in examples}) == count
     assert len({frozenset(each[1:3]) for each in examples}) == count, "an example twice, or with two labels"
-    assert all(each.sentence1 != each.sentence2 for each in examples)
+    assert all(each.text != each.text_pair for each in examples)
     assert paraphrase_pairs(PAIRS, count, seed=0, lexicon=lexicon) == examples
     assert count == 1 or paraphrase_pairs(PAIRS, count, seed=1, lexicon=lexicon) != examples
 
@@ -115,16 +118,16 @@ def facts(text: str) -> list[str]:
 def test_labels_are_true():
     examples = paraphrase_pairs(PAIRS, 2 * len(PAIRS), seed=0)
     for _, one, two, label in examples:
-        assert (facts(one) == facts(two)) == label
+        assert (facts(one) == facts(two)) == (label == "1")
 
 
 def test_both_kinds_of_negatives():
     originals = {text for pair in PAIRS for text in pair[:2]}
     examples = paraphrase_pairs(PAIRS, 40, seed=0)
-    exchanged = [sum(text not in originals for text in each[1:3]) for each in examples if each.label == 0]
+    exchanged = [sum(text not in originals for text in each[1:3]) for each in examples if each.label == "0"]
     assert Counter(exchanged) == {0: 10, 1: 10}
     for _, one, two, label in examples:
-        if label == 0 and not {one, two} <= originals:
+        if label == "0" and not {one, two} <= originals:
             assert sorted(facts(one)) == sorted(facts(two)), "an exchange keeps the words"
 
 
@@ -132,7 +135,7 @@ def test_exchanged_sentences_do_not_tell_the_label():
     originals = {text for pair in PAIRS for text in pair[:2]}
     examples = paraphrase_pairs(PAIRS, 2 * len(PAIRS), seed=0)
     labels = Counter(each.label for each in examples if not {*each[1:3]} <= originals)
-    assert labels[0] and labels[1]
+    assert labels["0"] and labels["1"]
 
 
 def test_names_within_each_other_are_not_exchanged_in_the_translation():
@@ -147,16 +150,16 @@ def test_names_within_each_other_are_not_exchanged_in_the_translation():
 def test_with_a_lexicon_exchanged_sentences_are_in_positives_too():
     pairs = [pair._replace(target=f"Satz {number}") for number, pair in enumerate(PAIRS)]
     examples = paraphrase_pairs(pairs, 60, 0, {"beat": "schlug", "points": "Punkten", "final": "Endspiel"})
-    switched = [each for each in examples if "Satz" not in each.sentence1 + each.sentence2]
-    assert all((facts(each.sentence1) == facts(each.sentence2)) == each.label for each in switched)
+    switched = [each for each in examples if "Satz" not in each.text + each.text_pair]
+    assert all((facts(each.text) == facts(each.text_pair)) == (each.label == "1") for each in switched)
     originals = [facts(pair.source) for pair in pairs]
-    assert {each.label for each in switched if facts(each.sentence1) not in originals} == {0, 1}
+    assert {each.label for each in switched if facts(each.text) not in originals} == {"0", "1"}
 
 
 def test_nearest_shares_most_words():
     pairs = [Pair("a red fox sleeps in here", "A"), Pair("a red fox sits in there", "B"), Pair("some other words", "C")]
     for _, one, two, label in paraphrase_pairs(pairs, 2, seed=0) * 9:
-        assert label == 1 or "C" not in (one, two)
+        assert label == "1" or "C" not in (one, two)
 
 
 def test_labels_of_pairs_are_ignored():
@@ -167,9 +170,9 @@ def test_labels_of_pairs_are_ignored():
     ("pairs", "count", "message"),
     [
         ([], 1, "pairs must hold at least one, got none"),
-        (PAIRS, 0, "count must be at least 1, got 0"),
-        (PAIRS, 99, "99 examples asked for, only 60 could be made of 30 pairs"),
-        ([Pair("one", "eins")], 2, "2 examples asked for, only 0 could be made of 1 pairs"),
+        (PAIRS, 0, "count must be a positive integer, got 0"),
+        (PAIRS, 99, "count must be at most 60, as many as could be made of 30 pairs, got 99"),
+        ([Pair("one", "eins")], 2, "count must be at most 0, .* of 1 pairs, got 2"),
     ],
 )
 def test_paraphrase_errors(pairs, count, message):

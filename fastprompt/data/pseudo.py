@@ -6,9 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from .parallel import Pair
-from .pawsx import Example
-from .squad import Answer, Question
+from .examples import Answer, Pair, Question, Text
+from .reading import check_count
 from .words import Corpus, Unit, word_key, word_spans
 
 # A full stop after a lone capital is an initial's.
@@ -72,7 +71,7 @@ def cloze_questions(passages: Sequence[str], count: int, seed: int, blank: str =
 
     Args:
         passages: each becomes the context of its questions, as it is; several sentences make a harder task.
-        count: of questions, taken in turn from all passages.
+        count: how many questions to make; they are taken in turn from all passages.
         blank: what stands for the answer; perhaps the language's word for "what".
 
     Raises:
@@ -94,15 +93,15 @@ def cloze_questions(passages: Sequence[str], count: int, seed: int, blank: str =
         waiting = still
     if len(questions) < count:
         raise ValueError(
-            f"{count} questions asked for, only {len(questions)} could be made of {len(passages)} passages"
+            f"count must be at most {len(questions)}, as many as could be made of {len(passages)} passages, got {count}"
         )
     return questions
 
 
 def paraphrase_pairs(
     pairs: Sequence[Pair], count: int, seed: int, lexicon: Mapping[str, str] | None = None
-) -> list[Example]:
-    """Make sentence pairs that mean the same, label 1, or not, label 0, of parallel text; half of each.
+) -> list[Text]:
+    """Make sentence pairs that mean the same, label "1", or not, label "0", of parallel text; half of each.
 
     A sentence with its translation or, given a lexicon, with its own code-switched version is a positive example.
     For a negative one, one of the two gives way to its like of another meaning: alternately the sentence with two
@@ -112,7 +111,7 @@ def paraphrase_pairs(
 
     Args:
         pairs: parallel sentences; each gives at most one positive and one negative example, labels are ignored.
-        count: of examples; of an odd number, one more is positive.
+        count: how many examples to make; of an odd number, one more is positive.
         lexicon: source word in lower case -> target word, such as `learn_lexicon` gives.
 
     Raises:
@@ -121,21 +120,23 @@ def paraphrase_pairs(
     _check(pairs, "pairs", count)
     rng = random.Random(seed)
     maker = _Couples(pairs, lexicon or {}, rng)
-    examples: list[tuple[str, str, int]] = []
+    examples: list[tuple[str, str, str]] = []
     order = list(range(len(pairs)))
     rng.shuffle(order)
     for index in order:
         if len(examples) >= count:
             break
         if couple := maker.couple(index):
-            for label, two in zip((1, 0), couple, strict=True):
+            for label, two in zip("10", couple, strict=True):
                 first, second = rng.sample(two, 2)
                 examples.append((first, second, label))
     if len(examples) < count:
-        raise ValueError(f"{count} examples asked for, only {len(examples)} could be made of {len(pairs)} pairs")
+        raise ValueError(
+            f"count must be at most {len(examples)}, as many as could be made of {len(pairs)} pairs, got {count}"
+        )
     examples = examples[:count]
     rng.shuffle(examples)
-    return [Example(f"pseudo-{number}", *example) for number, example in enumerate(examples)]
+    return [Text(f"pseudo-{number}", *example) for number, example in enumerate(examples)]
 
 
 class _Couples:
@@ -320,5 +321,4 @@ def _apart(words: list[tuple[int, int]], units: list[Unit], one: Unit, two: Unit
 def _check(texts: Sequence, name: str, count: int) -> None:
     if not texts:
         raise ValueError(f"{name} must hold at least one, got none")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    check_count("count", count)

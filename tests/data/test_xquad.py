@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastprompt.tasks import xquad
-from fastprompt.tasks.squad import Answer, Question
+from fastprompt.data import xquad
+from fastprompt.data.examples import Answer, Question
 
 GREEK = [Question("1", "Ποιος ψαρεύει;", "Ο θείος μου ψαρεύει.", [Answer("Ο θείος μου", 0)])]
 THAI = [Question("1", "ใครจับปลา", "ลุงของฉันจับปลา", [Answer("ลุงของฉัน", 0)])]

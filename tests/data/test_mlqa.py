@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastprompt.tasks import mlqa
-from fastprompt.tasks.squad import Answer, Question
+from fastprompt.data import mlqa
+from fastprompt.data.examples import Answer, Question
 
 GERMAN = [Question("1", "Who fishes?", "Der Onkel angelt.", [Answer("Der Onkel", 0)])]
 HINDI = [Question("2", "मछली कौन पकड़ता है?", "चाचा मछली पकड़ते हैं।", [Answer("चाचा", 0)])]

@@ -1,30 +1,11 @@
 """Question answering in SQuAD's form: SQuAD v1.1, XQuAD, MLQA, TyDi QA GoldP."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ._reading import load_rows, read_json, shorten
-
-
-class Answer(NamedTuple):
-    """An answer and where it begins: in characters (code points) of the context, from 0."""
-
-    text: str
-    start: int
-
-
-class Question(NamedTuple):
-    """A question, the paragraph that answers it, and the answers that count as right."""
-
-    id: str
-    question: str
-    context: str
-    answers: list[Answer]
-
-    @property
-    def exact_answers(self) -> list[Answer]:
-        """The answers, empty ones aside, that stand in the context where they say: those that training can use."""
-        return [answer for answer in self.answers if answer.text and self.context.startswith(*answer)]
+from .examples import Answer, Question
+from .reading import load_rows, read_json, shorten
 
 
 def read_squad(path: str | Path) -> list[Question]:
@@ -42,29 +23,57 @@ def read_squad(path: str | Path) -> list[Question]:
             question with the same id and context twice, or no questions at all.
     """
     path = Path(path)
-    content = read_json(path)
     questions: list[Question] = []
     places: dict[tuple[str, str, str], str] = {}
-    for in_article, article in _items(content, "data", f"{path}, "):
-        for in_paragraph, paragraph in _items(article, "paragraphs", in_article):
-            context = _field(paragraph, "context", str, in_paragraph)
-            for in_question, entry in _items(paragraph, "qas", in_paragraph):
-                question = Question(
-                    _field(entry, "id", str, in_question),
-                    _field(entry, "question", str, in_question),
-                    context,
-                    [_answer(answer, context, where) for where, answer in _items(entry, "answers", in_question)],
-                )
-                first = places.setdefault(question[:3], in_question)
-                if first is not in_question:
-                    raise ValueError(
-                        f"{in_question}id: got {question.id!r} with question and context of {first}id once more, "
-                        "expected each question once"
-                    )
-                questions.append(question)
+    for where, entry, context in _entries(read_json(path), path):
+        question = Question(
+            _field(entry, "id", str, where),
+            _field(entry, "question", str, where),
+            context,
+            [_answer(answer, context, place) for place, answer in _items(entry, "answers", where)],
+        )
+        first = places.setdefault(question[:3], where)
+        if first is not where:
+            raise ValueError(
+                f"{where}id: got {question.id!r} with question and context of {first}id once more, "
+                "expected each question once"
+            )
+        questions.append(question)
     if not questions:
         raise ValueError(f"{path}: no questions in it, expected at least one")
     return questions
+
+
+def question_rows(content: Any, where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the questions of anyone's JSON in SQuAD's form as rows, in the hub's form, and their places.
+
+    Ids may be of any type, or missing, and may repeat. `is_impossible`, of SQuAD 2.0, and an empty list of answers both
+    say that the context does not answer. Where there are no `answers`, the row has none.
+
+    Raises:
+        ValueError: naming `where` and place, what `read_squad` refuses, its rules for ids aside; or answers to a
+            question that is impossible.
+    """
+    for place, entry, context in _entries(content, where):
+        row = {"question": _field(entry, "question", str, place), "context": context}
+        if "id" in entry:
+            row["id"] = entry["id"]
+        impossible = entry.get("is_impossible") is True
+        if impossible or "answers" in entry:
+            found = [_answer(each, context, at) for at, each in _items({"answers": [], **entry}, "answers", place)]
+            if impossible and found:
+                raise ValueError(f"{place}answers: got {shorten(found[0].text)}, expected none as it is_impossible")
+            row["answers"] = {"text": [each.text for each in found], "answer_start": [each.start for each in found]}
+        yield place.rstrip("."), row
+
+
+def _entries(content: Any, where: str | Path) -> Iterator[tuple[str, dict, str]]:
+    """Each question of SQuAD's form: its place, what is said of it, and its context."""
+    for in_article, article in _items(content, "data", f"{where}, "):
+        for in_paragraph, paragraph in _items(article, "paragraphs", in_article):
+            context = _field(paragraph, "context", str, in_paragraph)
+            for in_question, entry in _items(paragraph, "qas", in_paragraph):
+                yield in_question, entry, context
 
 
 def questions_from_hub(dataset_name: str | Path, config: str, split: str) -> list[Question]:
@@ -74,8 +83,9 @@ def questions_from_hub(dataset_name: str | Path, config: str, split: str) -> lis
         dataset_name: on the hub, such as "google/xquad", or a folder laid out like a dataset there.
 
     Raises:
-        ImportError, OSError: as of `load_rows`.
-        ValueError: the same, or naming row and field: a value of another type, an answer_start outside the context.
+        ImportError, OSError: as `load_rows`.
+        ValueError: as `load_rows`; or naming row and field, a value of another type, or an answer_start outside the
+            context.
     """
     rows = load_rows(dataset_name, config, split, ("id", "context", "question", "answers"))
     questions = []

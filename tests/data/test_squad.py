@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from fastprompt.tasks.squad import Answer, Question, questions_from_hub, read_squad
+from fastprompt.data.examples import Answer, Question
+from fastprompt.data.squad import questions_from_hub, read_squad
 
 QUESTIONS = [
     Question("en", "Who keeps bees?", "My aunt keeps bees. So does he.", [Answer("My aunt", 0), Answer("aunt", 3)]),
@@ -148,5 +149,5 @@ def test_dataset_errors(write_dataset, case):
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'fastprompt\[hub\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'fastprompt\[train\]'"):
         questions_from_hub("google/xquad", "xquad.en", "validation")

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ._reading import check_choice, find_file
-from .squad import Question, questions_from_hub, read_squad
+from .examples import Question
+from .reading import check_choice, find_file
+from .squad import questions_from_hub, read_squad
 
 LANGUAGES = ("en", "de", "es", "ar", "zh", "vi", "hi")
 
@@ -37,7 +38,7 @@ def read_translate_train(data: str | Path, language: str, split: str) -> list[Qu
 
     Args:
         data: the folder mlqa-translate-train or the one that holds it, or a dataset with configs
-            mlqa-translate-train.{language}, as of `read`.
+            mlqa-translate-train.{language}, as for `read`.
         language: one of `LANGUAGES` but English.
         split: "train" or "dev".
 

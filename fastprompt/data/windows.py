@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .squad import Question
+from .examples import Question
 
 
 class Window(NamedTuple):
@@ -30,6 +30,12 @@ class Window(NamedTuple):
     cut: bool = False
 
 
+def check_fast(tokenizer: Callable) -> None:
+    """Raise a ValueError unless the tokenizer tells which characters a token stands for."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer must be a fast one, which knows characters, got {type(tokenizer).__name__}")
+
+
 def windows(
     tokenizer: Callable, questions: Sequence[Question], max_length: int = 384, stride: int = 128, prefix_text: str = ""
 ) -> list[Window]:
@@ -45,8 +51,7 @@ def windows(
     Raises:
         ValueError: a tokenizer that is not fast, or windows too small for what they share.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer must be a fast one, which knows characters, got {type(tokenizer).__name__}")
+    check_fast(tokenizer)
     if not questions:
         return []
     room = max_length // 2
@@ -109,10 +114,21 @@ def _rows(question: Question, spans: list[tuple[int, int]]) -> tuple[int, int] |
     return inside[0], inside[-1]
 
 
+class Span(NamedTuple):
+    """The best answer to a question: its text, "" where there is none, and its score, the sum of two raw logits."""
+
+    text: str
+    score: float | None
+
+
 def best_answers(
-    questions: Sequence[Question], found: Sequence[Window], logits: Sequence[Tensor], max_answer_tokens: int = 30
-) -> dict[str, str]:
-    """The text of the best span of each question over all its windows, by id.
+    questions: Sequence[Question],
+    found: Sequence[Window],
+    logits: Sequence[Tensor],
+    max_answer_tokens: int = 30,
+    unanswerable: bool = False,
+) -> list[Span]:
+    """The text of the best span of each question over all its windows, in the order of the questions.
 
     Args:
         questions: as given to `windows`.
@@ -120,19 +136,31 @@ def best_answers(
         logits: of each window (L, 2), that a token begins and that it ends the answer. The best span has the largest
             sum, of raw logits, so that windows compare.
         max_answer_tokens: the most tokens of a span.
+        unanswerable: a window's first token stands for "no answer", with a sum of its own; the least of these over the
+            windows of a question is that of the question, as in SQuAD v2: where every window is rather without.
+
+    Returns:
+        Where that of no answer is larger than the best span's, and where there is no span, the text "". The score is
+        that of the text; None where there was nothing to choose from.
     """
-    best: dict[int, tuple[float, str]] = {}
+    best: dict[int, Span] = {}
+    nothing: dict[int, float] = {}
     for window, scores in zip(found, logits, strict=True):
-        count = len(window.spans)
+        scores, count = scores.float(), len(window.spans)
+        if unanswerable:
+            nothing[window.question] = min(float(scores[0].sum()), nothing.get(window.question, torch.inf))
         if count == 0:
             continue
-        begin, end = scores[window.first : window.first + count].float().unbind(1)
+        begin, end = scores[window.first : window.first + count].unbind(1)
         # A span of n + 1 tokens from each first token: row n of the table.
         reach = min(max_answer_tokens, count)
         ends = torch.nn.functional.pad(end, (0, reach - 1), value=-torch.inf).unfold(0, reach, 1)  # (count, reach)
         score, place = (begin[:, None] + ends).flatten().max(0)
         first, more = divmod(int(place), reach)
         text = questions[window.question].context[window.spans[first][0] : window.spans[first + more][1]].strip()
-        if window.question not in best or float(score) > best[window.question][0]:
-            best[window.question] = float(score), text
-    return {questions[index].id: text for index, (_, text) in best.items()}
+        if window.question not in best or float(score) > best[window.question].score:
+            best[window.question] = Span(text, float(score))
+    for index, score in nothing.items():
+        if index not in best or score > best[index].score:
+            best[index] = Span("", score)
+    return [best.get(index, Span("", None)) for index in range(len(questions))]

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ._reading import check_choice, find_file
-from .squad import Question, questions_from_hub, read_squad
+from .examples import Question
+from .reading import check_choice, find_file
+from .squad import questions_from_hub, read_squad
 
 LANGUAGES = ("en", "ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh", "ro")
 

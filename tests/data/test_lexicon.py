@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprompt.tasks.lexicon import learn_lexicon
-from fastprompt.tasks.parallel import Pair
-from fastprompt.tasks.words import Corpus, begins_sentence, word_spans
+from fastprompt.data.examples import Pair
+from fastprompt.data.lexicon import learn_lexicon
+from fastprompt.data.words import Corpus, begins_sentence, word_spans
 
 NOUNS = {"dog": "Hund", "cat": "Katze", "horse": "Pferd", "king": "König", "house": "Haus"}
 VERBS = {"sees": "sieht", "finds": "findet", "loves": "liebt"}
@@ -120,7 +120,7 @@ def test_pairs_without_words():
     ("pairs", "options", "message"),
     [
         ([], {}, "pairs must hold at least one pair, got none"),
-        (GERMAN, {"iterations": 0}, "iterations must be at least 1, got 0"),
+        (GERMAN, {"iterations": 0}, "iterations must be a positive integer, got 0"),
         (GERMAN, {"threshold": 1.5}, r"threshold must lie in \[0, 1\], got 1.5"),
     ],
 )
