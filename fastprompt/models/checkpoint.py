@@ -81,13 +81,11 @@ def save(
         "WITH_ADAPTERS": adapters is not None,
     }
     peft_type = next((f"FASTPROMPT_{what}" for what, so in unlike.items() if so), PEFT_TYPES[config.kind])
-    name = type(backbone).__name__
-    task = next((task for ending, task in _HEADS.items() if name.endswith(ending)), "FEATURE_EXTRACTION")
     modules = sorted({name.split(".")[0] for name in head if _of_head(backbone, name)})
     kv_heads = geometry.kv_heads if config.kind == "prefix" else backbone.config.num_attention_heads
     peft_config = {
         "peft_type": peft_type,
-        "task_type": task,
+        "task_type": task_type(backbone),
         "base_model_name_or_path": backbone.config._name_or_path,
         "inference_mode": True,
         "num_virtual_tokens": config.num_virtual_tokens,
@@ -111,6 +109,12 @@ def save(
     files[WEIGHTS] = write_tensors(directory / WEIGHTS, {KEY: prompt.encoded()} | beside)
     write_json(directory / OWN_CONFIG, own | {"files": files})
     write_text(directory / CONFIG, json.dumps(peft_config, indent=2) + "\n")
+
+
+def task_type(model: nn.Module) -> str:
+    """What PEFT calls what a model's head is for."""
+    name = type(model).__name__
+    return next((task for ending, task in _HEADS.items() if name.endswith(ending)), "FEATURE_EXTRACTION")
 
 
 def _of_head(backbone: nn.Module, name: str) -> bool:

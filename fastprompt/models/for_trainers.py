@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastprompt._card import CARD
 from fastprompt._files import write_tensors, write_text
 
 RESUME = "model.safetensors"  # where transformers' Trainer looks for the weights to go on with
@@ -102,11 +103,11 @@ class ForTrainers:
         self.backbone.activation_checkpointing_disable()
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
-        """As the backbone's own; the older name."""
+        """The same under the name that transformers 4 has for it."""
         self.backbone.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """As the backbone's own; the older name."""
+        """The same under the name that transformers 4 has for it."""
         self.backbone.gradient_checkpointing_disable()
 
     def _get_name(self) -> str:
@@ -199,7 +200,7 @@ class ForTrainers:
 
         Args:
             repo_id: of the repository, made if there is none.
-            token, private, commit_message, upload: as of `huggingface_hub.HfApi.upload_folder` and `create_repo`.
+            token, private, commit_message, upload: as `HfApi.upload_folder` and `HfApi.create_repo` take them.
 
         Returns:
             What `upload_folder` returns.
@@ -210,7 +211,7 @@ class ForTrainers:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            write_text(Path(folder) / "README.md", self.card())
+            write_text(Path(folder) / CARD, self.card())
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **upload)
 
     def card(self) -> str:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from .checkpoint import KINDS
 from .packed import PromptInputs, layout, packed_model
@@ -41,7 +42,8 @@ def fuse(peft_model, *, pools_prompt: bool = True, cuda_graphs: bool = False):
       `return_logits=True`.
 
     Of encoder-decoders (T5, mT5, UMT5, BART, mBART, M2M100, which is NLLB) sequence-to-sequence language models with
-    their heads are fused, with a prompt before the encoder's input or a prefix in the decoder's self-attention. PEFT
+    their heads are fused, with a prompt before the encoder's input (of MULTITASK_PROMPT_TUNING also one before the
+    decoder's, as PEFT's forward has it, and its generate has not) or a prefix in the decoder's self-attention. PEFT
     hands layer i of a decoder of L layers the prefix of layer 2i mod L, so that of an even number half are read, each
     twice, and the others get no gradient. A fused model keeps to that, as PEFT's `generate` and its files do;
     `PromptModel` gives every layer its own. Rows of the decoder behind the last label are left out in training,
@@ -105,6 +107,10 @@ class FusedForward(RunsPacked):
             if labels is not None:
                 context = _context(self.active_peft_config, labels, types)
                 labels, other_loss = context.labels, {"make_head": partial(ContextHead, context=context)}
+        given = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+        if labels is not None and not given and self._prompts_decoder:
+            config = _backbone(self).config  # as PEFT shifts them, which is not every model's own way
+            kwargs["decoder_input_ids"] = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
         packed = packed_model(_backbone(self), fused=True)
         packing, tasks = packed.pack(inputs, labels, task_ids)
@@ -122,6 +128,12 @@ class FusedForward(RunsPacked):
             **other_loss,
         )
         return output.to_tuple() if return_dict is False else output
+
+    @property
+    def _prompts_decoder(self) -> bool:
+        """The decoder of an encoder-decoder has prompt rows, too."""
+        is_both = getattr(_backbone(self).config, "is_encoder_decoder", False)
+        return is_both and _peft_type(self) == MULTITASK and self.active_peft_config.num_transformer_submodules == 2
 
     def _checked(self, task_ids: Tensor | None) -> Tensor | None:
         """What is told before any value is read."""
@@ -148,14 +160,16 @@ class FusedForward(RunsPacked):
                 raise IndexError(f"task_ids must be in [0, {config.num_tasks}), got {wrong[0]}")
             batch = {"batch_size": len(found)} | {"task_ids": layout.tensor_on(found, device)}
         encoded, length = self.get_prompt(**batch), config.num_virtual_tokens
+        decoder_prompt = encoded[:, length:] if self._prompts_decoder else None
         if kind == "prompt":
-            encoded = encoded[:, :length]  # of an encoder-decoder there are twice as many, and PEFT reads these
+            encoded = encoded[:, :length]  # of an encoder-decoder there are twice as many
         else:
             encoded = getattr(encoded, "self_attention_cache", encoded)  # of an encoder-decoder: as PEFT shares it out
             layers = enumerate(encoded.layers)  # of some PEFT makes none
             encoded = {i: (layer.keys, layer.values) for i, layer in layers if layer.keys is not None}
         return PromptInputs(
             **{kind: encoded},
+            decoder_prompt=decoder_prompt,
             index=index,
             shared_ids=shared_ids,
             position_offset=length,
@@ -239,7 +253,7 @@ def _check_encoder_decoder(config, peft_type: str, backbone_config) -> None:
     task = getattr(config.task_type, "value", config.task_type)
     if task != "SEQ_2_SEQ_LM":
         raise ValueError(f"task_type of an encoder-decoder's adapter must be SEQ_2_SEQ_LM, got {task}")
-    if peft_type not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+    if peft_type not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", MULTITASK):
         raise ValueError(
             f"peft_model's active adapter must, over an encoder-decoder, be a prefix or a prompt, got {peft_type}"
         )

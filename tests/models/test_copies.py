@@ -14,7 +14,7 @@ from helpers import batch, build
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel
-from fastprompt.models.methods import AdaptedBackbone
+from fastprompt.models.methods import AdaptedBackbone, AdapterConfig
 from fastprompt.models.packed import PackedBackbone
 
 P = 3
@@ -51,7 +51,7 @@ def model_of(family: str, maker: str):
     auto = "AutoModelForCausalLM" if family == "llama" else "AutoModelForSequenceClassification"
     backbone = build(family, auto)
     if maker == "adapted":
-        return AdaptedBackbone(backbone.base_model, "head").eval()
+        return AdaptedBackbone(backbone.base_model, AdapterConfig("head")).eval()
     if not maker.startswith("fused"):
         size = 4 if maker.endswith("adapters") else None
         model = PromptModel(backbone, PromptConfig(maker.split()[0], P, init_scale=1.0, adapter_size=size)).eval()

@@ -72,6 +72,35 @@ def test_fuse_equals_peft(family, kind):
     assert all(p.grad is None for p in fused.get_base_model().parameters())
 
 
+@pytest.mark.parametrize(("family", "sides"), [("t5", 2), ("umt5", 2), ("mbart", 2), ("mbart", 1)])
+def test_multitask_prompts_stand_before_both_sides(family, sides):
+    """Not of M2M100: PEFT hands it labels and embeddings, which it refuses."""
+    made = peft.MultitaskPromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_tasks=4, num_ranks=2, num_virtual_tokens=P, num_transformer_submodules=sides
+    )
+    stock = peft.get_peft_model(build_seq2seq(family), made).double().eval()
+    for parameter in stock.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    fused = fastprompt.fuse(copy.deepcopy(stock))
+    inputs = seq2seq_batch() | {"task_ids": torch.tensor([2, 0, 2, 3])}
+    there = inputs["labels"] != -100
+    expected = stock(**inputs, output_hidden_states=True)
+    got = fused(**inputs, output_hidden_states=True)
+    length = inputs["labels"].shape[1]
+    assert relative(got.logits[there], expected.logits[:, -length:][there]) < 1e-7
+    for ours, theirs in zip(got.decoder_hidden_states, expected.decoder_hidden_states, strict=True):
+        assert relative(ours[there], theirs[:, -length:][there]) < 1e-7
+    expected.loss.backward()
+    for training in (False, True):
+        fused.train(training).zero_grad()
+        got = fused(**inputs)
+        got.loss.backward()
+        assert relative(got.loss, expected.loss) < 1e-7
+        assert relative(gradient(fused), gradient(stock)) < 1e-6
+    alone = {name: value[1:2] for name, value in inputs.items()}  # of one task
+    assert relative(fused.eval()(**alone).logits[0], fused(**inputs).logits[1]) < 1e-7
+
+
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
 def test_fused_norms(family, monkeypatch):
     monkeypatch.undo()
@@ -137,6 +166,29 @@ def test_padding_that_is_read_keeps_the_positions_of_m2m_100():
     assert relative(fused.train()(**inputs).loss, stock(**inputs).loss) < 1e-7
 
 
+@pytest.mark.parametrize(("family", "kind"), [("t5", "prompt"), ("mt5", "prefix"), ("umt5", "prompt")])
+def test_gaps_within_a_text_are_counted(family, kind):
+    """As PEFT's own forward counts them; and the padding on the left is none of them."""
+    stock = peft_model(build_seq2seq(family), kind)
+    fused = fastprompt.fuse(copy.deepcopy(stock))
+    inputs = seq2seq_batch()
+    for row, place in ((0, slice(2, 4)), (2, slice(1, 2)), (3, slice(3, 4))):
+        inputs["attention_mask"][row, place] = 0
+    there, text = inputs["labels"] != -100, inputs["attention_mask"].bool()
+    expected, got = (model(**inputs, output_hidden_states=True) for model in (stock, fused))
+    assert relative(got.logits[there], expected.logits[there]) < 1e-7
+    for ours, theirs in zip(got.encoder_hidden_states, expected.encoder_hidden_states, strict=True):
+        assert relative(ours[text], theirs[:, -text.shape[1] :][text]) < 1e-7
+    for output in (expected, fused.train()(**inputs)):
+        output.loss.backward()
+    assert relative(gradient(fused), gradient(stock)) < 1e-6
+    longest = inputs["attention_mask"].shape[1]
+    for name in ("input_ids", "attention_mask"):
+        lengths = (7, 1, 12, 5)
+        inputs[name] = torch.stack([x.roll(longest - n) for x, n in zip(inputs[name], lengths, strict=True)])
+    assert relative(fused.eval()(**inputs).logits, got.logits) < 1e-7
+
+
 def test_num_items_in_batch_and_label_smoothing():
     fused = fastprompt.fuse(peft_model(build_seq2seq("t5"), "prompt")).train()
     inputs, labels = seq2seq_batch(), 18
@@ -165,10 +217,18 @@ def test_what_is_not_served_is_refused():
         ("labels", inputs["labels"][:3], "must have 4 rows"),
         ("decoder_attention_mask", torch.zeros(4, 7), r"decoder_attention_mask must be \(4, 8\)"),
         ("decoder_attention_mask", torch.zeros(4, 8), "labels must be -100 where decoder_attention_mask is 0"),
-        ("attention_mask", torch.tensor([[1, 0] * 6] * 4), "attention_mask must have no gaps"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**inputs | {name: value})
+    gaps = {
+        "decoder_input_ids": torch.ones(4, 8, dtype=torch.long),
+        "decoder_attention_mask": torch.tensor([[1, 0] * 4] * 4),
+    }
+    with pytest.raises(ValueError, match="decoder_attention_mask must have no gaps"):
+        model(**inputs | gaps | {"labels": None})
+    both = PromptModel(build_seq2seq("t5"), PromptConfig("prefix", P, layers=[0, 5]))
+    with pytest.raises(ValueError, match="^attention_mask must have no gaps within a text where the encoder has"):
+        both(**inputs | {"attention_mask": torch.tensor([[1, 0] * 6] * 4)})
     model.cuda_graphs = True
     with pytest.raises(ValueError, match="cuda_graphs .* not for encoder-decoders"):
         model(**inputs)
@@ -202,6 +262,16 @@ def test_prompt_model_reads_pefts_files_and_generates_as_peft(family, kind, tmp_
     else:
         with pytest.raises(Exception, match="FASTPROMPT_PREFIX_OF_ENCODER_DECODER"):
             peft.PeftModel.from_pretrained(build_seq2seq(family, **DEEP), tmp_path / "own")
+
+
+def test_a_prompt_that_began_here_is_saved_as_pefts(tmp_path):
+    """And not only one that PEFT's files made."""
+    model = PromptModel(build_seq2seq("umt5", **DEEP), PromptConfig("prompt", P)).double().eval()
+    model.save_pretrained(tmp_path)
+    again = PromptModel.from_pretrained(build_seq2seq("umt5", **DEEP), tmp_path)
+    assert torch.equal(again.prompt.weight.double(), model.prompt.weight)
+    back, inputs = peft.PeftModel.from_pretrained(build_seq2seq("umt5", **DEEP), tmp_path).double(), seq2seq_batch()
+    assert relative(model(**inputs).loss, back.eval()(**inputs).loss) < 1e-6
 
 
 LAYERS = {"decoder": None, "both": range(8), "encoder": [4, 6, 7]}

@@ -7,15 +7,14 @@ import pytest
 import torch
 from helpers import CONFIGS, DECODERS, ENCODERS, batch, build
 
-from fastprompt import PromptConfig
-from fastprompt.models.methods import METHODS, AdaptedBackbone, keep_layers
+from fastprompt.models.methods import METHODS, AdaptedBackbone, AdapterConfig, keep_layers
 
 TOLERANCE = dict(rtol=1e-3, atol=2e-6)  # the stock norms of decoders round to float32
-KINDS = {"prompt": PromptConfig("prompt", 3), "prefix": PromptConfig("prefix", 3)}
+PROMPTS = ("prompt", "prefix")
 
 
 def adapt(family: str, method: str, **options) -> AdaptedBackbone:
-    return AdaptedBackbone(build(family, seed=1), method, KINDS.get(method), **options)
+    return AdaptedBackbone(build(family, seed=1), AdapterConfig(method, num_virtual_tokens=3, **options))
 
 
 def names(adapted: AdaptedBackbone) -> set[str]:
@@ -41,7 +40,7 @@ def test_what_trains(family, method):
     }[method]
     assert names(adapted) == expected and (modules or method != "lora")
     prompts = {id(parameter) for parameter in adapted.prompt_parameters()}
-    assert len(prompts) == (method in KINDS)
+    assert len(prompts) == (method in PROMPTS)
     assert len(adapted.weights()) == len(expected) - len(prompts)
     assert not {id(parameter) for parameter in adapted.weights()} & prompts
     assert not any(module.training for module in adapted.modules())
@@ -62,7 +61,7 @@ def test_norms_and_top_layers(family, method):
 
 
 def test_adapters_train_with_a_prompt():
-    adapted = AdaptedBackbone(build("bert"), "prefix", PromptConfig("prefix", 3, adapter_size=5))
+    adapted = adapt("bert", "prefix", adapter_size=5)
     trained = names(adapted)
     assert "prompted.prompt.weight" in trained and all(
         "adapters" in name for name in trained - {"prompted.prompt.weight"}
@@ -132,10 +131,10 @@ def test_first_layers(family, count):
         expected = norm(states[0][0] if isinstance(states[0], tuple) else states[0])
     got = short(**inputs).last_hidden_state
     torch.testing.assert_close(got[present], expected[present], **TOLERANCE)
-    packed = AdaptedBackbone(short, "head")
+    packed = AdaptedBackbone(short, AdapterConfig("head"))
     assert len(packed.layers) == count and short.config.num_hidden_layers == count
     torch.testing.assert_close(packed(**inputs)[present], expected[present], **TOLERANCE)
-    prompted = AdaptedBackbone(copy.deepcopy(short), "prefix", KINDS["prefix"])
+    prompted = AdaptedBackbone(copy.deepcopy(short), AdapterConfig("prefix", num_virtual_tokens=3))
     assert prompted(**inputs).isfinite().all() and prompted.prompted.prompt.layers == list(range(count))
 
 
@@ -156,18 +155,26 @@ def test_text_positions(family):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("adapter", {}, r"method must be one of \('head', .* got 'adapter'"),
-        ("prefix", {}, "prompt must be of the kind 'prefix' of the method, got None"),
-        ("prefix", {"prompt": KINDS["prompt"]}, r"prompt must be of the kind 'prefix' .*, got PromptConfig\(kind='pro"),
-        ("head", {"prompt": KINDS["prompt"]}, "prompt must be of the kind 'head'"),
+        ("adapter", {}, r"method must be one of \('prefix', .* got 'adapter'"),
+        ("prefix", {"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer, 1 or more, got 0"),
+        ("prompt", {"layers": [0]}, "layers is for kind 'prefix'"),
+        ("lora", {"adapter_size": 8}, "adapter_size is for methods 'prompt' and 'prefix', got it with 'lora'"),
         ("head", {"top_layers": 4}, r"top_layers must be in \[0, 3\], the backbone's, got 4"),
-        ("head", {"top_layers": -1}, r"top_layers must be in \[0, 3\], the backbone's, got -1"),
-        ("lora", {"lora_rank": 0}, "lora_rank must be a positive integer, got 0"),
+        ("head", {"top_layers": -1}, "top_layers must be an integer, 0 or more, got -1"),
+        ("lora", {"lora_rank": 0}, "lora_rank must be an integer, 1 or more, got 0"),
+        ("head", {"num_layers": True}, "num_layers must be an integer or nothing, got True"),
     ],
 )
 def test_errors(method, options, message):
     with pytest.raises(ValueError, match=message):
-        AdaptedBackbone(build("bert"), method, **options)
+        AdaptedBackbone(build("bert"), AdapterConfig(method, **options))
+
+
+def test_a_prompt_begins_as_a_text():
+    config = AdapterConfig("prefix", init_text="w1 w2").prompt(lambda text, **_: {"input_ids": [5, 6]})
+    assert config.init == "text" and config.init_ids == [5, 6]
+    with pytest.raises(ValueError, match="init_text must have at least one token, got none in ''"):
+        AdapterConfig("prefix", init_text="").prompt(lambda text, **_: {"input_ids": []})
 
 
 @pytest.mark.parametrize("count", [0, 4, -1])

@@ -83,6 +83,7 @@ class PackedEncoderDecoder:
     """
 
     is_causal_lm = False
+    pools_first_row = False
 
     def __init__(self, model: nn.Module, *, fused: bool = False) -> None:
         family = model.config.model_type
@@ -149,7 +150,8 @@ class PackedEncoderDecoder:
             packings, _ = self.pack(inputs, labels)
         self.check_prompts(prompt_inputs)
         self._check_segments(packings, prompt_inputs)
-        entering = prompt_inputs.prompt, inputs.get("inputs_embeds"), inputs.get("decoder_inputs_embeds")
+        entering = prompt_inputs.prompt, prompt_inputs.decoder_prompt
+        entering += inputs.get("inputs_embeds"), inputs.get("decoder_inputs_embeds")
         for stack in (self.encoder, self.decoder):
             check_checkpointing(stack.layers, entering, prompt_inputs)
         inputs = dict(inputs)
@@ -163,7 +165,7 @@ class PackedEncoderDecoder:
         encoded, keys = self.encode(inputs, packings.encoder, prompt_inputs)
         plan = self.plan_decoder(packing, prompt_inputs, _given(inputs, "").device)
         handed, places = self.decode_inputs(inputs, plan, packing, keys, prompt_inputs)
-        with self.decoder.placed(places), head.reading(self.decoder.module):
+        with self.decoder.placed(places), head.reading(self.decoder.module, plan.token_rows):
             output = self.model(encoder_outputs=encoded, **handed)
         head.finish(output, lambda logits: padded_rows(logits, plan.index, packings.shape))
         _unpack(output, packings, plan, keys)
@@ -229,36 +231,36 @@ class PackedEncoderDecoder:
         length = 0 if given.prompt is None else given.prompt.shape[1]
         offset = given.position_offset if length else 0
         rows = PromptRows(max(given.num_prompts, 1) if length else 0, length, False, False, offset)
-        batch = _given(inputs, "")
-        plan = self._plan(stack, packing, rows, given, batch.device)
+        batch, options = _given(inputs, ""), {n: inputs[n] for n in ("output_hidden_states",) if n in inputs}
+        planned = Plan.of(packing, rows, stack.geometry, given.index)
+        plan, prefix = planned.to(batch.device), self._encoder_prefix(given)
         bounds, ids = plan.cu_seqlens if plan.cu_seqlens_rows is None else plan.cu_seqlens_rows, None
         if length:
-            handed = {"inputs_embeds": _with_prompt(stack, inputs, plan, given)}
+            handed = {"inputs_embeds": _with_prompt(stack, inputs, "", plan, given.prompt)}
         elif batch is inputs.get("input_ids"):
             handed = {"input_ids": (ids := packed_rows(batch, plan))}
         else:
             handed = {"inputs_embeds": packed_rows(batch, plan)}
+        if stack.is_relative and _has_gaps(packing):
+            if prefix:
+                raise ValueError("attention_mask must have no gaps within a text where the encoder has a prefix")
+            embeds = stack.embedding(ids) if ids is not None else handed["inputs_embeds"]
+            return _spread(stack, embeds, planned, options), plan
         places = stack.position_rows(plan.positions, bounds, ids, packing.longest + rows.token_offset)
-        longest = packing.longest + length
-        own = stack.make_pass(bounds, longest, self._encoder_prefix(given), plan.prompt_index, None)
+        own = stack.make_pass(bounds, packing.longest + length, prefix, plan.prompt_index, None)
         handed = {name: x.unsqueeze(0) for name, x in handed.items()} | _prepared(batch.device)
-        options = {name: inputs[name] for name in ("output_hidden_states",) if name in inputs}
         with stack.placed(places):
             return stack.module(**handed, **options, fastprompt_pass=own), plan
 
     def plan_decoder(self, packing: Packing, prompt_inputs: PromptInputs, device: torch.device) -> Plan:
         """Where the decoder's rows stand."""
-        prefix = self.decoder_prefix(prompt_inputs)
-        offset = prompt_inputs.position_offset if prefix else 0  # after what stands in the cache, elsewhere
-        return self._plan(self.decoder, packing, PromptRows(0, 0, False, bool(prefix), offset), prompt_inputs, device)
-
-    @staticmethod
-    def _plan(stack: Stack, packing: Packing, rows: PromptRows, given: PromptInputs, device: torch.device) -> Plan:
-        begins = np.repeat(packing.cu_seqlens[:-1], np.diff(packing.cu_seqlens))
-        if stack.is_relative and not np.array_equal(packing.positions, np.arange(len(begins)) - begins):
-            name = "decoder_attention_mask" if stack.is_decoder else "attention_mask"
-            raise ValueError(f"{name} must have no gaps within a text: relative positions count its own tokens")
-        return Plan.of(packing, rows, stack.geometry, given.index).to(device)
+        given, prefix = prompt_inputs, self.decoder_prefix(prompt_inputs)
+        count, length = (0, 0) if given.decoder_prompt is None else given.decoder_prompt.shape[:2]
+        offset = given.position_offset if prefix or length else 0  # after what stands in the cache, elsewhere
+        if self.decoder.is_relative and _has_gaps(packing):
+            raise ValueError("decoder_attention_mask must have no gaps within a text: rows count their own tokens")
+        rows = PromptRows(count, length, False, bool(prefix), offset)
+        return Plan.of(packing, rows, self.decoder.geometry, given.index).to(device)
 
     def decoder_prefix(self, given: PromptInputs) -> dict[int, tuple[Tensor, Tensor]]:
         """The decoder's layers are counted first."""
@@ -294,13 +296,18 @@ class PackedEncoderDecoder:
         """What the model is handed beside the encoder's output, and the rows of its decoder's table of positions."""
         stack, batch = self.decoder, _given(inputs, "decoder_")
         name = "decoder_input_ids" if batch is inputs.get("decoder_input_ids") else "decoder_inputs_embeds"
-        rows = packed_rows(batch, plan)
+        prefix, prompt, queries = self.decoder_prefix(given), given.decoder_prompt, plan.cu_seqlens
+        longest, length = packing.longest, 0
+        if prompt is None:
+            rows = packed_rows(batch, plan)
+        else:
+            queries, length = plan.cu_seqlens_rows, prompt.shape[1]
+            rows, name = _with_prompt(stack, inputs, "decoder_", plan, prompt), "decoder_inputs_embeds"
         ids = rows if name == "decoder_input_ids" else None
-        prefix = self.decoder_prefix(given)
-        longest = packing.longest + (given.position_offset if prefix else 0)
-        places = stack.position_rows(plan.positions, plan.cu_seqlens, ids, longest)
+        offset = given.position_offset if prefix or length else 0
+        places = stack.position_rows(plan.positions, queries, ids, longest + offset)
         bounds = keys.cu_seqlens if keys.cu_seqlens_rows is None else keys.cu_seqlens_rows
-        own = stack.make_pass(plan.cu_seqlens, packing.longest, prefix, plan.prompt_index, bounds)
+        own = stack.make_pass(queries, longest + length, prefix, plan.prompt_index, bounds)
         others = {name: x for name, x in inputs.items() if name not in _OF_BATCH}
         prepared = _prepared(batch.device)["attention_mask"]
         masks = {"attention_mask": prepared, "decoder_attention_mask": prepared}
@@ -326,33 +333,60 @@ def _given(inputs: dict, side: str) -> Tensor | None:
     return ids if ids is not None else inputs.get(f"{side}inputs_embeds")
 
 
+def _has_gaps(packing: Packing) -> bool:
+    """Whether some mask has one within a text, which the stock path counts."""
+    begins = np.repeat(packing.cu_seqlens[:-1], np.diff(packing.cu_seqlens))
+    return not np.array_equal(packing.positions, np.arange(len(begins)) - begins)
+
+
+def _spread(stack: Stack, embeds: Tensor, plan: Plan, options: dict):
+    """The output of a stack whose rows (R, E) stand as far apart as they are counted, by its own padded forward: in a
+    packed pass relative positions are those of neighbours.
+    """
+    bounds = plan.cu_seqlens if plan.cu_seqlens_rows is None else plan.cu_seqlens_rows
+    shape = len(bounds) - 1, int(plan.positions.max()) + 1
+    places = np.repeat(np.arange(shape[0]), np.diff(bounds)) * shape[1] + plan.positions
+    mask = np.zeros(shape, dtype=np.int64)
+    mask.reshape(-1)[places] = 1
+    places, mask = (layout.tensor_on(each, embeds.device) for each in (places, mask))
+    output = stack.module(inputs_embeds=padded_rows(embeds, places, shape), attention_mask=mask, **options)
+
+    def packed(x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, places).unsqueeze(0)
+
+    output.last_hidden_state = packed(output.last_hidden_state)
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(map(packed, output.hidden_states))
+    return output
+
+
 def _prepared(device: torch.device) -> dict[str, Tensor]:
     """A mask of four dimensions is taken by transformers as prepared: it builds none of its own."""
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
 
 
-def _with_prompt(stack: Stack, inputs: dict, plan: Plan, given: PromptInputs) -> Tensor:
+def _with_prompt(stack: Stack, inputs: dict, side: str, plan: Plan, prompt: Tensor) -> Tensor:
     """(R, E): the prompt's rows and the embeddings of the tokens, segment after segment."""
-    if inputs.get("input_ids") is not None:
-        table, ids = stack.embedding.weight, packed_rows(inputs["input_ids"], plan)
-        scale = scale_of(stack.embedding)
+    ids, embeds = (inputs.get(side + name) for name in ("input_ids", "inputs_embeds"))
+    if ids is not None:
+        table, ids, scale = stack.embedding.weight, packed_rows(ids, plan), scale_of(stack.embedding)
     else:
-        table, ids, scale = inputs["inputs_embeds"].flatten(0, 1), plan.index, 1.0
+        table, ids, scale = embeds.flatten(0, 1), plan.index, 1.0
         ids = torch.arange(len(table), device=table.device) if ids is None else ids
     options = {"prompt_index": plan.prompt_index, "per_segment": True, "scale": scale}
-    return pack_prompt(table, ids, plan.cu_seqlens, given.prompt.to(table.dtype), **options)
+    return pack_prompt(table, ids, plan.cu_seqlens, prompt.to(table.dtype), **options)
 
 
 def _unpack(output, packings: Packings, plan: Plan, keys: Plan) -> None:
     """Make of hidden states those of the batch's own shapes, zero where nothing stands."""
 
-    def of_encoder(x: Tensor) -> Tensor:
-        text = x[0] if keys.token_rows is None else x[0].index_select(0, keys.token_rows)
-        return padded_rows(text, keys.index, packings.encoder.shape)
+    def padded(x: Tensor, plan: Plan, shape: tuple[int, int]) -> Tensor:
+        text = x[0] if plan.token_rows is None else x[0].index_select(0, plan.token_rows)
+        return padded_rows(text, plan.index, shape)
 
-    output.encoder_last_hidden_state = of_encoder(output.encoder_last_hidden_state)
+    of_encoder, shape = packings.encoder.shape, packings.shape
+    output.encoder_last_hidden_state = padded(output.encoder_last_hidden_state, keys, of_encoder)
     if output.encoder_hidden_states is not None:
-        output.encoder_hidden_states = tuple(map(of_encoder, output.encoder_hidden_states))
+        output.encoder_hidden_states = tuple(padded(x, keys, of_encoder) for x in output.encoder_hidden_states)
     if output.decoder_hidden_states is not None:
-        padded = (padded_rows(x[0], plan.index, packings.shape) for x in output.decoder_hidden_states)
-        output.decoder_hidden_states = tuple(padded)
+        output.decoder_hidden_states = tuple(padded(x, plan, shape) for x in output.decoder_hidden_states)

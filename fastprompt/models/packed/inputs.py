@@ -18,6 +18,8 @@ class PromptInputs:
         prefix: layer index -> key and value, each (N, Hkv, P, D): N prefixes. A layer that is not in it has none.
             An encoder-decoder's layers are the decoder's and, after them, the encoder's.
         prompt: (N, P, E), the rows of N prompts, to stand before the embeddings of texts; None: there are none.
+        decoder_prompt: (N, P, E), of an encoder-decoder the rows before the embeddings that its decoder reads (`prompt`
+            stands before the encoder's); None: there are none.
         index: (S,) integers on the host: which of the N each segment reads; None: all read the first.
         shared_ids: (L,) token ids of a text that all segments begin with, after the prompt (causal models only); None:
             there is none.
@@ -28,6 +30,7 @@ class PromptInputs:
 
     prefix: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     prompt: Tensor | None = None
+    decoder_prompt: Tensor | None = None
     index: np.ndarray | None = None
     shared_ids: Tensor | None = None
     position_offset: int = 0

@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _STATES = r"\w*outputs(\.last_hidden_state|\[0\])|slice_logits_to_keep\(hidden_states, logits_to_keep\)"
 _HEAD = r"self\.\w+\(hidden_states(\[:, slice_indices, :\])?\)(\.contiguous\(\))?"
@@ -18,6 +19,11 @@ _SCALES = {
 }
 _CAP = r"(self\.config\.)?final_logit_softcapping"  # in three steps
 _CAPPING = [rf"logits / {_CAP}", r"torch\.tanh\(logits\)", rf"logits \* {_CAP}"]
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """c tanh(logits / c); without a cap the logits as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def scale_and_cap(model: nn.Module) -> tuple[float, float | None] | None:

@@ -55,14 +55,21 @@ class Seq2SeqHead:
         self.from_states = labels is not None and not all_logits and plain and (bias is None or _is_zero(bias))
 
     @contextmanager
-    def reading(self, decoder: nn.Module) -> Iterator[None]:
-        """For a while, the model hands to its head the rows that are wanted of what its decoder gives."""
-        forward = decoder.forward
+    def reading(self, decoder: nn.Module, token_rows: Tensor | None = None) -> Iterator[None]:
+        """For a while, the model hands to its head the rows that are wanted of what its decoder gives.
+
+        Args:
+            decoder: of the model.
+            token_rows: (T,) the tokens' places among its rows; None: there are no others.
+        """
+        forward, rows = decoder.forward, None if self.all_logits else self.rows
+        if token_rows is not None:
+            rows = token_rows if rows is None else token_rows.index_select(0, rows)
 
         def picking(*args, **kwargs):
             output = forward(*args, **kwargs)
-            if not self.all_logits:
-                output.last_hidden_state = output.last_hidden_state.index_select(1, self.rows)
+            if rows is not None:
+                output.last_hidden_state = output.last_hidden_state.index_select(1, rows)
             return output
 
         def no_logits(states: Tensor) -> Tensor:
