@@ -1,10 +1,12 @@
 """Settings in YAML files: values are what they look like, and each is held to its field's type."""
 
 import dataclasses
+import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
 
 from fastprompt._extras import require
@@ -19,6 +21,30 @@ _NAMES = {
     types.NoneType: "nothing",
     object: "anything",
 }
+# Fields of AlignmentConfig, and what they are called among all settings of a run.
+ALIGNMENT = {"weight": "alignment", "distance": "distance", "temperature": "temperature"}
+ALIGNMENT |= {name: f"alignment_{name}" for name in ("schedule", "form", "layer", "warmup_steps", "batch_size")}
+# Shorter names of options that are written often, and names that options had.
+ALIASES = {
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "patience": "early_stopping_patience",
+}
+RENAMED = {
+    "kind": "method",
+    "weights_lr": "weights_learning_rate",
+    "head_lr": "head_learning_rate",
+    "projection_lr": "projection_learning_rate",
+    "evaluate_every": "eval_steps",
+    "alignment_first": "alignment_warmup_steps",
+}
+
+
+def setting(default, help: str, *, basic: bool = False, choices: Sequence[str] = ()):
+    """A dataclass's field with what the command line says about it: a basic one is among the first that it shows."""
+    return dataclasses.field(default=default, metadata={"help": help, "basic": basic, "choices": tuple(choices)})
 
 
 def read_yaml(path: Path) -> dict:
@@ -35,6 +61,19 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(about, dict) or not all(isinstance(name, str) for name in about):
         raise ValueError(f"{path}: must hold names and values, got {type(about).__name__}")
     return about
+
+
+def read_value(text: str):
+    """What YAML takes a value for: "1e-2" is a number, "true" is True, "no" a word, "[1, 2]" a list.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    yaml = require("yaml", "train")
+    try:
+        return yaml.load(text, _loader())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} must be a value as YAML has it: {error}".replace("\n", " ")) from error
 
 
 def _loader() -> type:
@@ -55,6 +94,12 @@ def _loader() -> type:
     # 010 is ten: PyYAML's own would take it for eight, and 1:30 for ninety.
     Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
     return Loader
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean seed?" for an error about a name that is near one of the known ones, else nothing."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_fields(kind: type, values: dict, where: str = "") -> dict:
@@ -82,6 +127,10 @@ def _fit(hint, value) -> tuple[bool, object]:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return next(((True, made) for each in inner for fits, made in [_fit(each, value)] if fits), (False, value))
+    if hint is typing.Any:
+        return True, value
+    if origin is typing.Literal:
+        return value in inner, value
     if hint is bool and isinstance(value, str) and value.lower() in _WORDS:
         return True, _WORDS[value.lower()]
     if hint is float:
@@ -106,10 +155,14 @@ def _described(hint, value=None) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(_described(each, value) for each in inner))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, inner))
     if hint is dict or origin is dict:
         return "names and values" + (
             f", each of them {_described(inner[1])}" if isinstance(value, dict) and inner else ""
         )
     if origin is not None and issubclass(origin, Sequence):
         return "a list" + (f", each of it {_described(inner[0])}" if isinstance(value, list | tuple) else "")
-    return _NAMES[hint]
+    if issubclass(hint, Enum):  # of transformers, whose members are written as strings
+        return _NAMES[str]
+    return _NAMES.get(hint) or f"a {hint.__name__}"

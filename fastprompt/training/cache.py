@@ -35,7 +35,7 @@ def cached(
     Args:
         folder: made if it is not there.
         key: a file name for the content: what has the same key is the same.
-        shape, dtype: of the tensor.
+        shape, dtype: what the tensor must have.
         blocks: gives the tensor in parts, along the first dimension, on the CPU.
 
     Raises:

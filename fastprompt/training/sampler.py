@@ -37,12 +37,13 @@ class TokenBudgetSampler(Sampler[list[int]]):
         lengths: tokens of each example, the same on every rank.
         max_tokens: the most rows of a batch.
         rows_per_sentence, rows_per_batch: prompt rows: `PromptModel.prompt_rows` gives both.
-        seed: of the order.
-        rank, world_size: whose batches, of how many; of torch.distributed if neither is given, and 0 of 1 where that is
-            not initialised. `world_size` alone: those of all ranks, step after step.
+        seed: the seed of the order.
+        rank, world_size: the process whose batches these are, and how many processes there are. If neither is given
+            torch.distributed tells, or where that is not initialised they are 0 and 1. `world_size` alone gives the
+            batches of all ranks, step after step.
 
     Raises:
-        ValueError: for what does not fit; a sentence that alone costs more than `max_tokens` does not.
+        ValueError: a number outside its range, or a sentence that alone costs more than `max_tokens`.
     """
 
     def __init__(

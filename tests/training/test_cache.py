@@ -10,8 +10,11 @@ import torch
 from helpers import CONFIGS, DECODERS, batch, build
 
 from fastprompt import PromptConfig, PromptModel
-from fastprompt.training import encoding
+from fastprompt.models.methods import AdaptedBackbone, AdapterConfig
+from fastprompt.tasks.base import Item
+from fastprompt.training.batch import Collator
 from fastprompt.training.cache import cached
+from fastprompt.training.teacher import Digest, encode, lower_states, plain, teacher_vectors
 
 SHAPE = (6, 5)
 FORK = multiprocessing.get_context("fork")
@@ -110,13 +113,13 @@ def test_wrong_starts():
 
 
 def test_states_are_known_by_content(folder):
-    sentences = [[0, 5, 6, 2], [0, 7, 2]]
-    model = build("xlm-roberta", dtype=torch.bfloat16)
-    digest = encoding.Digest(model)
+    items = [Item([0, 5, 6, 2], 4), Item([0, 7, 2], 3)]
+    model = build("bert", dtype=torch.bfloat16)
+    digest = Digest(model)
 
-    def lower(layers=(1, 2), **config):
-        prompted = PromptModel(model, PromptConfig("prefix", layers=layers, **config)).eval()
-        return encoding.lower_states(digest, prompted, sentences, "cpu")
+    def lower(layers=(1, 2), types=False, items=items, **config):
+        adapted = AdaptedBackbone(model, AdapterConfig("prefix", layers=layers, **config))
+        return lower_states(digest, adapted, items, Collator(types), "cpu")
 
     first = lower()
     assert [tuple(each.shape) for each in first] == [(4, 48), (3, 48)] and first[0].dtype == torch.bfloat16
@@ -124,6 +127,50 @@ def test_states_are_known_by_content(folder):
     for other in (lower(num_virtual_tokens=3), lower(layers=[2])):
         assert not torch.equal(other[0], first[0])
     assert len(list(folder.iterdir())) == 3
+    two = [items[0]._replace(second=2), items[1]]  # the second of two texts has another kind
+    typed = lower(types=True, items=two)
+    assert torch.equal(typed[1], lower(types=True)[1]) and not torch.equal(typed[0], first[0])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_vectors_are_those_of_the_sentences_one_by_one(pooling):
+    model = build("bert", dtype=torch.float32)
+    sentences = [[0, *torch.randint(5, 48, (length,)).tolist(), 2] for length in (1, 9, 4, 0, 20) * 7]
+    together = encode(plain(model), sentences, pooling, "cpu")
+    for vector, tokens in list(zip(together, sentences, strict=True))[:5]:
+        hidden = model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+        expected = {"mean": hidden.mean(0), "first": hidden[0], "last": hidden[-1]}[pooling]
+        torch.testing.assert_close(vector, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_is_computed_once_for_the_same_content(folder, monkeypatch):
+    model = build("bert", dtype=torch.float32)
+    sentences = [[0, 5, 6, 2], [0, 7, 2]]
+
+    def vectors(sentences, *args):
+        return teacher_vectors(Digest(model), sentences, *(args or ("mean",)), "cpu")
+
+    first = vectors(sentences)
+    (file,) = folder.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastprompt.training.teacher.encode", lambda *_: never())
+        assert torch.equal(vectors(sentences), first)
+    file.write_bytes(file.read_bytes()[:-3])  # damaged
+    assert torch.equal(vectors(sentences), first)
+
+    vectors(sentences, "first")
+    vectors([[0, 5, 6, 2], [0, 8, 2]])
+    table = model.get_input_embeddings().weight.data
+    table[40] += 1.0  # a word of none of the sentences
+    vectors(sentences)
+    assert len(list(folder.iterdir())) == 3
+    model.encoder.layer[2].output.dense.bias.data[3] += 1e-3
+    changed = vectors(sentences)
+    table[7] += 1e-3
+    vectors(sentences)
+    teacher_vectors(Digest(model), sentences, "mean", "cpu", layer=1)
+    assert len(list(folder.iterdir())) == 6
+    assert not torch.equal(changed, first)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
