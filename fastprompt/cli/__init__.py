@@ -1,4 +1,4 @@
-"""The command line: fastprompt info | train | evaluate | score | study | bench."""
+"""The command line: fastprompt train | evaluate | predict | embed | search | export | score | study | info | bench."""
 
 import sys
 
@@ -13,7 +13,9 @@ except ImportError as error:  # the console script exists without the extra, too
 
     sys.exit(describe())
 
-from . import adapt, bench, score, study  # noqa: E402, F401  each module adds its commands to the app
+# Each module adds its commands to the app, in the order of --help. What they need to run they import when they do.
+from . import train  # noqa: E402, F401  # isort: skip
+from . import evaluate, predict, search, export, score, study, info, bench  # noqa: E402, F401  # isort: skip
 from .app import app  # noqa: E402
 
 

@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastprompt._extras import require
-
-from .app import Device, Option, app, one_clear_error, torch_device
+from .app import Device, Option, app, quiet, torch_device
 
 
 @app.command()
@@ -21,25 +19,24 @@ def study(
 
     A study that was stopped goes on where it was. The report is written anew after each run.
     """
-    with one_clear_error():
-        from fastprompt.experiments.config import read_study
-        from fastprompt.experiments.report import write_report
-        from fastprompt.experiments.study import run_study
+    from fastprompt.experiments.config import read_study
+    from fastprompt.experiments.report import write_report
+    from fastprompt.experiments.study import run_study
 
-        require("transformers", "train").utils.logging.disable_progress_bar()
-        settings = read_study(config, study=name)
+    quiet()
+    settings = read_study(config, study=name)
 
-        def on_run(number: int, total: int, run, record: dict | None) -> None:
-            what = " ".join(str(part) for part in (run.method, run.variant, f"{run.examples} examples") if part)
-            if record is None:
-                typer.echo(f"{number}/{total} {what}, seed {run.seed}", nl=False)
-                return
-            metrics = list(next(iter(record["scores"].values())))
-            means = {m: sum(s[m] for s in record["scores"].values()) / len(record["scores"]) for m in metrics}
-            shown = ", ".join(f"{metric} {value:.2f}" for metric, value in means.items())
-            typer.echo(f": {shown} ({record['seconds']:.0f} s)")
-            write_report(out)
+    def on_run(number: int, total: int, run, record: dict | None) -> None:
+        what = " ".join(str(part) for part in (run.method, run.variant, f"{run.examples} examples") if part)
+        if record is None:
+            typer.echo(f"{number}/{total} {what}, seed {run.seed}", nl=False)
+            return
+        metrics = list(next(iter(record["scores"].values())))
+        means = {m: sum(s[m] for s in record["scores"].values()) / len(record["scores"]) for m in metrics}
+        shown = ", ".join(f"{metric} {value:.2f}" for metric, value in means.items())
+        typer.echo(f": {shown} ({record['seconds']:.0f} s)")
+        write_report(out)
 
-        run_study(settings, out, device=torch_device(device), on_run=on_run)
-        page, markdown = write_report(out)
+    run_study(settings, out, device=torch_device(device), on_run=on_run)
+    page, markdown = write_report(out)
     typer.echo(f"{page}\n{markdown}")

@@ -1,0 +1,5 @@
+"""python -m fastprompt: the command line."""
+
+from fastprompt.cli import main
+
+main()

@@ -1,3 +1,0 @@
-from fastprompt.cli import main
-
-main()
