@@ -1,6 +1,6 @@
 """Whole training jobs on a real encoder and real parallel sentences: stock PEFT and plain PyTorch against fastprompt.
 
-- retrieval: a prefix trained so that translations find their English sentences, `fastprompt.training.train` against the
+- retrieval: a prefix trained so that translations find their English sentences, `fastprompt.Trainer` against the
   demo's stock job. The score is R@1 of the held-out pairs, at first without any prefix.
 - accuracy: is a sentence English or the other language? A PeftModel with prefix and classification head in one and the
   same loop, as it is and after `fastprompt.fuse`.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fastprompt._extras import require
 from fastprompt._measure import WARMUP_STEPS
-from fastprompt.tasks.parallel import read_pairs
+from fastprompt.data.parallel import read_pairs
 
 from .case import OURS
 from .jobs import BATCH, JOBS, PREFIX_ROWS, SCORES, WAYS, Settings, distinct, run_job
@@ -51,7 +51,7 @@ def measure_jobs(
 
     Args:
         backbone: folder of an encoder and its tokenizer.
-        parallel: file of sentence pairs, as `fastprompt.tasks.parallel.read_pairs` reads it; of pairs that share a side
+        parallel: file of sentence pairs, as `fastprompt.data.parallel.read_pairs` reads it; of pairs that share a side
             the last counts.
         jobs: which of JOBS.
         steps: of a job, at least: it does whole epochs. No more is trained on than so many steps take in one.

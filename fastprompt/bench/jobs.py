@@ -8,10 +8,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastprompt._extras import require
 from fastprompt._measure import peak_memory_mb
-from fastprompt.tasks.parallel import Pair, read_pairs, split_pairs
+from fastprompt.data.examples import Pair
+from fastprompt.data.parallel import read_pairs, split_pairs
 from fastprompt.tasks.retrieval import retrieval_scores
 
 from .case import OURS
@@ -22,6 +24,7 @@ WAYS = OURS, PEFT
 SCORES = {"retrieval": "R@1", "accuracy": "accuracy"}
 JOBS = tuple(SCORES)
 BATCH, PREFIX_ROWS, SEED = 16, 16, 0
+MAX_LENGTH = 256  # tokens of a sentence, as the stock job has it
 TEXT_PREFIX = "query: "  # multilingual-e5 was trained with it; it does others no harm
 COUNTED_STEPS = 4  # whose FLOPs are counted, after training
 
@@ -105,7 +108,7 @@ def _epochs(count: int, steps: int) -> int:
 
 
 def _batches(count: int, steps: int) -> Iterator[list[int]]:
-    """As `fastprompt.training.train` takes them."""
+    """As a Trainer takes them."""
     from fastprompt.training.sampler import shuffled
 
     for epoch in range(_epochs(count, steps)):
@@ -118,41 +121,61 @@ def _recall(queries: Tensor, english: Tensor) -> float:
 
 
 def _fused_retrieval(settings: Settings, pairs: Sequence[Pair], held_out: Sequence[Pair]) -> dict:
-    from fastprompt.training.config import TrainingConfig
-    from fastprompt.training.encoding import encode_all, load_backbone, plain, tokenize
-    from fastprompt.training.loop import train
+    from fastprompt import training
+    from fastprompt.models.load import load_backbone
+    from fastprompt.models.methods import AdapterConfig
+    from fastprompt.tasks.base import Aligned, InputConfig, Item
 
-    backbone, tokenizer = load_backbone(settings.backbone)
-    epochs = _epochs(len(pairs), settings.steps)
-    config = TrainingConfig(
-        num_virtual_tokens=PREFIX_ROWS, prefix_text=TEXT_PREFIX, epochs=epochs, batch_size=BATCH, seed=SEED
-    )
-    english, queries, sentences = (
-        tokenize(tokenizer, texts, TEXT_PREFIX, config.max_length)
-        for texts in ([p.source for p in held_out], [p.target for p in held_out], [p.target for p in pairs])
-    )
-    english, before = (encode_all(plain(backbone), each, config.pooling, "cpu") for each in (english, queries))
-    course = _Course(settings, sentences, _recall(before, english))
-
-    def on_step(record: dict) -> None:
-        vectors = record["learner"].vectors
-        course.step(record["seconds"], record["loss"], lambda: _recall(vectors(queries)[0], english))
-
+    backbone, tokenizer = load_backbone(settings.backbone, "cpu", head="none")
+    english, queries = ([getattr(pair, side) for pair in held_out] for side in ("source", "target"))
+    quiet = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+    quiet |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     with TemporaryDirectory() as folder:
-        out, cache = Path(folder) / "run", Path(folder) / "cache"
-        learner = train(backbone, tokenizer, pairs, out, config, cache=cache, on_step=on_step)
+        epochs = _epochs(len(pairs), settings.steps)
+        trainer = training.Trainer(
+            backbone,
+            training.TrainingArguments(
+                folder, num_train_epochs=epochs, per_device_train_batch_size=BATCH, seed=SEED, **quiet
+            ),
+            pairs=pairs,
+            adapter=AdapterConfig(num_virtual_tokens=PREFIX_ROWS),
+            inputs=InputConfig(prefix_text=TEXT_PREFIX, max_length=MAX_LENGTH),
+            processing_class=tokenizer,
+            on_step=lambda record: clock.step(record["loss"]),
+            cache=Path(folder) / "cache",
+        )
+        trainer.remove_callback(require("transformers", "train").PrinterCallback)
+        learner, sentences = trainer.learner, trainer.streams.target
+        targets, before = (learner.vectors(texts, source=True) for texts in (english, queries))
+        course = _Course(settings, sentences, _recall(before, targets))
+        clock = _Clock(course, lambda: _recall(learner.vectors(queries), targets))
+        trainer.train()
 
     def loss(batch: list[int]) -> Tensor:
-        teacher = torch.randn(len(batch), english.shape[1])  # FLOPs do not depend on values
-        return learner.loss([sentences[n] for n in batch], teacher, None)["alignment"]
+        teacher = torch.randn(len(batch), targets.shape[1])  # FLOPs do not depend on values
+        aligned = [Aligned(Item(ids, len(ids)), [(0, len(ids), 0)]) for ids in (sentences[n] for n in batch)]
+        return learner(learner.collate([], aligned, teacher=teacher))["loss"]
 
     return course.result(loss)
+
+
+class _Clock:
+    """The seconds of each step with all that a Trainer does around it; scores are not counted."""
+
+    def __init__(self, course: _Course, score: Callable[[], float]) -> None:
+        self._course, self._score, self._began = course, score, time.perf_counter()
+
+    def step(self, loss: float) -> None:
+        """A step is done."""
+        self._course.step(time.perf_counter() - self._began, loss, self._score)
+        self._began = time.perf_counter()
 
 
 def _stock_retrieval(settings: Settings, pairs: Sequence[Pair], held_out: Sequence[Pair]) -> dict:
     from fastprompt.demo import stock
 
-    job = stock.Job(settings.backbone, pairs, text_prefix=TEXT_PREFIX, seed=SEED)
+    steps = len(list(_batches(len(pairs), settings.steps)))
+    job = stock.Job(settings.backbone, pairs, text_prefix=TEXT_PREFIX, seed=SEED, steps=steps)
     torch.manual_seed(SEED)
     with torch.no_grad():
         job.prefix.copy_(0.1 * torch.randn(job.prefix.shape))  # as PromptModel begins
@@ -168,9 +191,15 @@ def _examples(pairs: Sequence[Pair], count: int) -> list[tuple[str, int]]:
     return [(pair.target, 1) if n % 2 else (pair.source, 0) for n, pair in enumerate(pairs[:count])]
 
 
+def _padded(sentences: Sequence[list[int]]) -> dict[str, Tensor]:
+    """A batch of sentences of token ids."""
+    ids = pad_sequence([torch.tensor(each) for each in sentences], batch_first=True)
+    lengths = torch.tensor([len(each) for each in sentences])
+    return {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1]) < lengths[:, None]}
+
+
 def _accuracy(way: str, settings: Settings, examples: Sequence[tuple], held_out: Sequence[tuple]) -> dict:
     import fastprompt
-    from fastprompt.training.encoding import batch_of
 
     transformers, peft = require("transformers", "train"), require("peft", "bench")
     torch.manual_seed(SEED)
@@ -190,13 +219,13 @@ def _accuracy(way: str, settings: Settings, examples: Sequence[tuple], held_out:
 
     def prepared(examples: Sequence[tuple]) -> tuple[list[list[int]], Tensor]:
         texts, labels = zip(*examples, strict=True)
-        return tokenizer(list(texts), truncation=True, max_length=256)["input_ids"], torch.tensor(labels)
+        return tokenizer(list(texts), truncation=True, max_length=MAX_LENGTH)["input_ids"], torch.tensor(labels)
 
     sentences, labels = prepared(examples)
     queries, answers = prepared(held_out)
 
     def loss(batch: list[int]) -> Tensor:
-        return model(**batch_of([sentences[n] for n in batch], "cpu"), labels=labels[batch]).loss
+        return model(**_padded([sentences[n] for n in batch]), labels=labels[batch]).loss
 
     def step(batch: list[int]) -> Tensor:
         found = loss(batch)
@@ -208,7 +237,7 @@ def _accuracy(way: str, settings: Settings, examples: Sequence[tuple], held_out:
     @torch.no_grad()
     def score() -> float:
         parts = (queries[begin : begin + BATCH] for begin in range(0, len(queries), BATCH))
-        logits = torch.cat([model(**batch_of(part, "cpu")).logits for part in parts])
+        logits = torch.cat([model(**_padded(part)).logits for part in parts])
         return (logits.argmax(1) == answers).double().mean().item()
 
     course = _Course(settings, sentences, score())

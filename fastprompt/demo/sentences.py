@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastprompt._files import cache_folder
+from fastprompt.data.examples import Pair
+from fastprompt.data.parallel import read_catalogue, split_pairs
+from fastprompt.data.reading import tell_left_out
 from fastprompt.demo.packages import DJANGO, download
-from fastprompt.tasks._reading import tell_left_out
-from fastprompt.tasks.parallel import Pair, read_catalogue, split_pairs
 
 MIN_WORDS = 3  # of the English; with four a scarce language keeps too few
 MIN_PAIRS = 64  # that half of them make two batches of training

@@ -12,6 +12,7 @@ until training ends), "steps" and "scores": retrieval "without" and "with" the p
 
 import argparse
 import json
+import math
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastprompt._extras import require
 from fastprompt._measure import peak_memory_mb, seconds_per_step
-from fastprompt.tasks.parallel import Pair, read_pairs
+from fastprompt.data.examples import Pair
+from fastprompt.data.parallel import read_pairs
 from fastprompt.tasks.retrieval import firsts, retrieval_scores, sentence_groups
 
 MAX_LENGTH = 256  # tokens of a sentence
@@ -69,6 +71,8 @@ class Job:
         train: pairs to train on.
         text_prefix: put before each sentence.
         seed: of what begins at random.
+        steps: how many there will be: learning rates rise over the first tenth of them, and fall to 0 at the end.
+        learning_rate: of the prefix.
 
     Attributes:
         plain, student: the encoder without and with the prefix.
@@ -76,7 +80,16 @@ class Job:
         projection: makes the student's vectors comparable with the teacher's.
     """
 
-    def __init__(self, backbone: str, train: Sequence[Pair], *, text_prefix: str, seed: int) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        train: Sequence[Pair],
+        *,
+        text_prefix: str,
+        seed: int,
+        steps: int,
+        learning_rate: float = 1e-2,
+    ) -> None:
         transformers, peft = require("transformers", "train"), require("peft", "train")
         torch.manual_seed(seed)
         self._tokenizer, self._text_prefix = transformers.AutoTokenizer.from_pretrained(backbone), text_prefix
@@ -95,8 +108,11 @@ class Job:
         self.projection = nn.Linear(base.config.hidden_size, base.config.hidden_size, bias=False)
         nn.init.eye_(self.projection.weight)
         self._optimizer = torch.optim.AdamW(
-            [{"params": [self.prefix], "lr": 1e-2}, {"params": self.projection.parameters(), "lr": 1e-4}]
+            [{"params": [self.prefix], "lr": learning_rate}, {"params": self.projection.parameters(), "lr": 1e-4}],
+            weight_decay=0.0,
         )
+        warmup = math.ceil(steps / 10)
+        self._schedule = transformers.get_linear_schedule_with_warmup(self._optimizer, warmup, steps)
         self.student = Encoder(model, self._tokenizer.pad_token_id)
 
     def tokens(self, sentences: Iterable[str]) -> list[Tensor]:
@@ -117,6 +133,7 @@ class Job:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
+        self._schedule.step()
         return loss.detach()
 
     @torch.no_grad()
@@ -133,10 +150,12 @@ def run(
     text_prefix: str,
     epochs: int,
     batch_size: int,
+    learning_rate: float,
     seed: int,
 ) -> dict:
     """Train, score the test pairs without and with what was learned, and return what the module's docstring lists."""
-    job = Job(backbone, train, text_prefix=text_prefix, seed=seed)
+    steps = epochs * math.ceil(len(train) / batch_size)
+    job = Job(backbone, train, text_prefix=text_prefix, seed=seed, steps=steps, learning_rate=learning_rate)
     seconds, order, shuffle = [], list(range(len(train))), random.Random(seed)
     for _ in range(epochs):
         shuffle.shuffle(order)
@@ -170,6 +189,7 @@ def main() -> None:
     parser.add_argument("--prefix-text", default="query: ", help="put before each sentence")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the prefix")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     result = run(
@@ -179,6 +199,7 @@ def main() -> None:
         text_prefix=given.prefix_text,
         epochs=given.epochs,
         batch_size=given.batch_size,
+        learning_rate=given.learning_rate,
         seed=given.seed,
     )
     given.json.write_text(json.dumps(result, indent=2) + "\n")

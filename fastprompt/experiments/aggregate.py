@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import quantiles
 from typing import NamedTuple
 
-from fastprompt.experiments.records import FROZEN, MAJORITY, Record
+from .records import FROZEN, MAJORITY, Record
 
 METHODS = (FROZEN, "head", "full", "lora", "prompt", "prefix")  # in this order, each before what adds parts to it
 AHEAD, BEHIND, WITHIN, UNJUDGED = "ahead", "behind", "not apart", "not judged"

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from fastprompt.experiments.aggregate import (
+from .aggregate import (
     AHEAD,
     BEHIND,
     UNJUDGED,
@@ -14,9 +14,9 @@ from fastprompt.experiments.aggregate import (
     compare,
     spread,
 )
-from fastprompt.experiments.document import Table
-from fastprompt.experiments.records import FROZEN
-from fastprompt.experiments.wording import MISSING, counted, digits, listed, metric_name, number, spread_text
+from .document import Table
+from .records import FROZEN
+from .wording import MISSING, counted, digits, listed, metric_name, number, spread_text
 
 RIVALS = ("prompt", "head", FROZEN)  # of a method with alignment, beside itself without
 REAL = "real"  # the variant that the others are held to

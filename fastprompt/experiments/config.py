@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastprompt._settings import check_fields, read_yaml
-from fastprompt.training.task_config import RETRIEVAL, TaskConfig
+from fastprompt.data.presets import TASKS
+from fastprompt.data.reading import check_count
 
-from .records import FROZEN, STUDIES
+from .records import FROZEN, RETRIEVAL, STUDIES
+from .settings import RunSettings, run_settings
 
 _PARTS = ("alignment", "adapters", "norms")
 
@@ -22,28 +24,29 @@ class StudyConfig:
         study: "scarcity", "stability" or "pseudo": what the report looks at.
         task: "xquad", "mlqa", "pawsx" or "retrieval".
         backbone: folder of a model, or its name on the hub.
-        data: of the task, as in `fastprompt.tasks.data.read_examples`; for retrieval not used.
+        data: of the task, as in `fastprompt.data.presets.read_examples`; for retrieval not used.
         languages: to be scored. "de@test" takes another split than `test_split`. For retrieval those of `parallel`.
         train_split, validation_split, test_split: as `split` of `read_examples`.
         source: language of the labelled examples.
-        methods: of AdaptedBackbone, with "+alignment", "+adapters" and "+norms" as wanted; and "frozen", the
-            backbone as it is, with a head as it begins.
+        methods: of `AdapterConfig`, with "+alignment", "+adapters" and "+norms" as wanted; and "frozen", the backbone
+            as it is, with a head as it begins.
         examples: numbers of labelled examples; "all" for all.
-        seeds: of what is random in a run.
-        parallel: language -> parallel text: a file, as `fastprompt.tasks.parallel.read_pairs` takes it, or {"pawsx",
+        seeds: seeds of what is random in a run.
+        parallel: language -> parallel text: a file, as `fastprompt.data.parallel.read_pairs` takes it, or {"pawsx",
             "split"}: data and split of PAWS-X, whose rows are translations of each other; a third column, and labels,
             are not read.
         parallel_test: pairs of each of those files that are kept for the scores (retrieval).
         also: task -> {"data", "languages", "split"}: of another task of the same kind, scored with the same runs.
         test_limit: score so many examples of each language, evenly spread. None: all.
-        alignment: weight of the alignment loss in methods that have it.
+        alignment: weight of the alignment loss in methods that have it; for retrieval, where there is nothing else, 1.
         adapter_size: in methods that have adapters.
-        settings: of `TaskConfig`, for all runs.
+        settings: for all runs: of `AdapterConfig`, `InputConfig` and `TrainingArguments`, by their fields' names, and
+            of `AlignmentConfig` by those of the command line, such as alignment_form, for methods that have it.
         examples_settings: number of examples, or "all" -> settings of its own, as more steps for more examples.
         method_settings: method -> settings of its own, before all others.
         variants: of the study "pseudo": "real", "pseudo" (labels made without labels) and "pseudo+real".
         pseudo_examples: so many are made.
-        title: of the report.
+        title: the report's title; "" is the study's and the task's name.
     """
 
     study: str
@@ -73,13 +76,16 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        if self.study not in STUDIES:
-            raise ValueError(f"study must be one of {STUDIES}, got {self.study!r}")
+        for name, allowed in (("study", STUDIES), ("task", (*TASKS, RETRIEVAL))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         allowed = ("real", "pseudo", "pseudo+real") if self.study == "pseudo" else ("",)
         if not self.variants or not set(self.variants) <= set(allowed):
             raise ValueError(f"variants must be of {allowed} in the study {self.study!r}, got {list(self.variants)}")
         if self.task == RETRIEVAL and self.study == "pseudo":
             raise ValueError("task must have labels for the study 'pseudo', got 'retrieval'")
+        if self.task == RETRIEVAL and self.alignment != 1.0:
+            raise ValueError(f"alignment must be 1 for retrieval, where there is nothing else, got {self.alignment}")
         for count in self.examples:
             if count != "all" and (type(count) is not int or count < 1):
                 raise ValueError(f'examples must be positive integers or "all", got {count!r}')
@@ -101,7 +107,7 @@ class StudyConfig:
             if {task, self.task} != {"xquad", "mlqa"} or not fits:
                 raise ValueError(f"also must be mlqa beside xquad or the other way round, got {self.also}")
         for count, method in itertools.product(self.examples, self.methods):
-            self.run_config(count, method, 1, 0)
+            self.run_settings(count, method, 0)
 
     def _check_kinds(self) -> None:
         """What YAML may easily have otherwise: a word for a list of one, nothing for a list of none."""
@@ -117,32 +123,26 @@ class StudyConfig:
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be names and values, got {getattr(self, name)!r}")
         for name in ("parallel_test", "pseudo_examples", "test_limit"):
-            value = getattr(self, name)
-            if (name, value) != ("test_limit", None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if (name, getattr(self, name)) != ("test_limit", None):
+                check_count(name, getattr(self, name))
         if not all(type(seed) is int for seed in self.seeds):
             raise ValueError(f"seeds must be integers, got {list(self.seeds)}")
 
-    def run_config(self, count: int | str, method: str, examples: int | None, seed: int) -> TaskConfig:
-        """The configuration of one run, with `count` of `self.examples`; `examples` is TaskConfig's."""
+    def run_settings(self, count: int | str, method: str, seed: int) -> RunSettings:
+        """What one run is made of, with `count` of `self.examples`."""
         name, *parts = method.split("+")
         if not set(parts) <= set(_PARTS):
-            raise ValueError(f"methods must be one of TaskConfig's with any of {_PARTS}, got {method!r}")
-        if method == FROZEN:
-            name = "head"  # which does not train
-        own = {"method": name, "examples": examples, "seed": seed}
-        if "alignment" in parts or self.task == RETRIEVAL:  # which nothing else trains for
-            own["alignment"] = self.alignment
+            raise ValueError(f"methods must be one of AdapterConfig's with any of {_PARTS}, got {method!r}")
+        settings = {**self.settings, **self.examples_settings.get(count, {})}
+        if "alignment" in parts:
+            settings["alignment"] = self.alignment
         if "adapters" in parts:
-            own["adapter_size"] = self.adapter_size
+            settings["adapter_size"] = self.adapter_size
         if "norms" in parts:
-            own["norms"] = True
-        settings = {"task": self.task, **self.settings, **self.examples_settings.get(count, {}), **own}
+            settings["norms"] = True
         settings |= self.method_settings.get(method, {})
-        known = {each.name for each in dataclasses.fields(TaskConfig)}
-        if not settings.keys() <= known:
-            raise ValueError(f"settings must be of {sorted(known)}, got {sorted(settings.keys() - known)}")
-        return TaskConfig(**check_fields(TaskConfig, settings, "settings: "))
+        own = {"method": "head" if method == FROZEN else name, "seed": seed}  # the head of the frozen does not train
+        return run_settings(settings, own, alone=self.task == RETRIEVAL)
 
 
 def read_study(path: str | Path, **given) -> StudyConfig:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 
 from fastprompt._extras import require
-from fastprompt.experiments.aggregate import Series, TaskResults, block_means, mean, spread
-from fastprompt.experiments.records import Record
-from fastprompt.experiments.wording import counted, metric_with_unit
+
+from .aggregate import Series, TaskResults, block_means, mean, spread
+from .records import Record
+from .wording import counted, metric_with_unit
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, but for the yellow, too faint on white.
 _COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")

@@ -3,9 +3,9 @@
 import random
 from collections.abc import Sequence
 
-from fastprompt.tasks.lexicon import learn_lexicon
-from fastprompt.tasks.parallel import Pair
-from fastprompt.tasks.pseudo import cloze_questions, code_switch_question, paraphrase_pairs
+from fastprompt.data.examples import Pair
+from fastprompt.data.lexicon import learn_lexicon
+from fastprompt.data.pseudo import cloze_questions, code_switch_question, paraphrase_pairs
 
 from .config import StudyConfig
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from fastprompt.data.reading import shorten
+
 STUDY = "study.json"
 RESULTS = "results.jsonl"
 STUDIES = ("scarcity", "stability", "pseudo")
 MAIN_METRICS = ("f1", "accuracy", "r@1")  # a run is judged by the first of them that it has
 MAJORITY = "majority"
+RETRIEVAL = "retrieval"  # the task without labels: examples are pairs, and nothing but the alignment trains
 FROZEN = "frozen"  # the method that is none: the backbone as it is
 
 
@@ -85,7 +88,7 @@ def read_results(folder: Path) -> tuple[dict, list[Record]]:
         except ValueError as error:  # not JSON, or not UTF-8
             if number > len(lines):
                 break  # cut off: the newline is missing too
-            raise ValueError(f"{path}, line {number}: must be one JSON object, got {_shown(line)}: {error}") from error
+            raise ValueError(f"{path}, line {number}: must be one JSON object, got {shorten(line)}: {error}") from error
         if about is None and not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -148,12 +151,7 @@ def _check(about: dict, expected: dict[str, tuple[str, Callable]], where: object
 
 def _expect(holds: bool, where: object, name: str, description: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{where}: {name} must be {description}, got {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+        raise ValueError(f"{where}: {name} must be {description}, got {shorten(value)}")
 
 
 def _is_number(value: object) -> bool:

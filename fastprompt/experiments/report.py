@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from fastprompt._files import write_text
-from fastprompt.experiments import plots, tables
-from fastprompt.experiments.aggregate import TaskResults, by_task
-from fastprompt.experiments.comparisons import (
+
+from . import plots, tables
+from .aggregate import TaskResults, by_task
+from .comparisons import (
     REAL,
     RIVALS,
     Comparison,
@@ -17,7 +18,7 @@ from fastprompt.experiments.comparisons import (
     sentences,
     total_sentence,
 )
-from fastprompt.experiments.document import (
+from .document import (
     Block,
     Bullets,
     Code,
@@ -28,8 +29,8 @@ from fastprompt.experiments.document import (
     to_html,
     to_markdown,
 )
-from fastprompt.experiments.records import FROZEN, read_results
-from fastprompt.experiments.wording import counted, digits, listed, metric_name, number
+from .records import FROZEN, read_results
+from .wording import counted, digits, listed, metric_name, number
 
 HTML = "report.html"
 MARKDOWN = "report.md"

@@ -6,27 +6,33 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 
+from fastprompt import tasks
+from fastprompt._extras import require
 from fastprompt._files import write_text
 from fastprompt._measure import peak_memory_mb
-from fastprompt.tasks._reading import tell_left_out
-from fastprompt.tasks.data import read_examples, spread
-from fastprompt.tasks.parallel import Pair, read_pairs, split_pairs
-from fastprompt.tasks.squad import Question
-from fastprompt.training.encoding import load_backbone
-from fastprompt.training.task_config import RETRIEVAL, TaskConfig
-from fastprompt.training.task_learner import TaskLearner
-from fastprompt.training.task_loop import draw, train_task
+from fastprompt.data.examples import Pair, Question
+from fastprompt.data.parallel import read_pairs, split_pairs
+from fastprompt.data.presets import read_examples, spread
+from fastprompt.data.reading import tell_left_out
+from fastprompt.models.load import load_backbone
+from fastprompt.models.methods import AdapterConfig
+from fastprompt.tasks.retrieval import retrieval_scores, sentence_groups
+from fastprompt.training import Learner, Trainer
+from fastprompt.training.streams import draw
 
 from .config import StudyConfig
 from .pseudo import pseudo_examples
-from .records import FROZEN, RESULTS, STUDY
+from .records import FROZEN, RESULTS, RETRIEVAL, STUDY
+from .settings import RunSettings
 
 
 class Planned(NamedTuple):
@@ -65,9 +71,9 @@ def run_study(
     A study that died goes on where it was: a run that was not finished begins anew.
 
     Args:
-        config: of the study.
-        out: its folder. What was begun there must have been the same study; seeds, numbers of examples, methods and
-            variants may be more.
+        config: the study's configuration.
+        out: the study's folder. What was begun there must have been the same study; seeds, numbers of examples, methods
+            and variants may be more.
         on_run: called before each run with its number, how many there are, the run and None, and after it with its
             record.
 
@@ -79,9 +85,10 @@ def run_study(
         OSError: data or backbone cannot be read.
         FloatingPointError: at the end, naming the runs whose loss was no longer a number.
     """
-    out = Path(out)
+    out, device = Path(out), torch.device(device)
     data = read_data(config)
     planned = plan(config, data)
+    _settings(config, data, planned[0]).training(out, device)
     _begin(config, out)
     results = out / RESULTS
     done = _done(results, config.task)
@@ -141,8 +148,8 @@ def _pairs(source: str, language: str, place: str | dict) -> list[Pair]:
         return read_pairs(place, third_column="ignore")
     # PAWS-X's first sentences: its ids tell which is the translation of which.
     first, other = (read_examples("pawsx", place["pawsx"], each, place["split"]) for each in (source, language))
-    english = {example.id: example.sentence1 for example in first}
-    pairs = [Pair(english[example.id], example.sentence1) for example in other if example.id in english]
+    english = {example.id: example.text for example in first}
+    pairs = [Pair(english[example.id], example.text) for example in other if example.id in english]
     tell_left_out(place["pawsx"], len(other) - len(pairs), len(other), f"pairs of {language!r}, not in {source!r},")
     if len(pairs) < len(other) // 2:
         raise ValueError(f"parallel of {language} must have the ids of {source}: {len(pairs)} of {len(other)} do")
@@ -171,9 +178,9 @@ def _there(config: StudyConfig, data: Data) -> int:
     return min(map(len, data.pairs.values())) if config.task == RETRIEVAL else len(data.train)
 
 
-def _settings(config: StudyConfig, data: Data, run: Planned, examples: int | None) -> TaskConfig:
+def _settings(config: StudyConfig, data: Data, run: Planned) -> RunSettings:
     everything = "all" in config.examples and run.examples == _there(config, data)
-    return config.run_config("all" if everything else run.examples, run.method, examples, run.seed)
+    return config.run_settings("all" if everything else run.examples, run.method, run.seed)
 
 
 def _begin(config: StudyConfig, out: Path) -> None:
@@ -205,46 +212,34 @@ def _begin(config: StudyConfig, out: Path) -> None:
         os.truncate(results, sum(map(len, lines)))
 
 
-def _run(config: StudyConfig, data: Data, run: Planned, device: str | torch.device) -> list[dict]:
+def _run(config: StudyConfig, data: Data, run: Planned, device: torch.device) -> list[dict]:
     """The records of one run, the study's own task last: when it is there, the run is done."""
     start = time.perf_counter()
     if config.task == RETRIEVAL:
         tests = data.tests[RETRIEVAL]
-        trained = [_retrieve(config, data, run, language, device) for language in tests]
-        scores = {RETRIEVAL: {name: each["scores"] for name, each in zip(tests, trained, strict=True)}}
-        validation, records, parameters = 0.0, trained[0]["records"], trained[0]["parameters"]
+        made = [_retrieve(config, data, run, language, device) for language in tests]
+        scores = {RETRIEVAL: {name: each for name, (_, _, each) in zip(tests, made, strict=True)}}
+        learner, records, _ = made[0]
         for name in ("loss", "gradient_norm"):  # of a step: the mean over languages
             for n, record in enumerate(records):
-                record[name] = sum(each["records"][n][name] for each in trained) / len(trained)
+                record[name] = sum(each[n][name] for _, each, _ in made) / len(made)
     else:
-        settings = _settings(config, data, run, None)
-        model, tokenizer = load_backbone(config.backbone, device, causal_head=True)
-        if run.method == FROZEN:
-            learner, records = TaskLearner(model, tokenizer, settings), []
-        else:
-            learner, records = train_task(
-                *(model, tokenizer, _train_examples(config, data, run), data.validation, settings),
-                language=config.source,
-                pairs=data.pairs if settings.alignment else (),
-            )
-        scores = {task: {} for task in data.tests}
-        for task, tests in data.tests.items():
-            learner.task.metrics = task  # whose rules score answers
-            for name, examples in tests.items():
-                language = name.partition("@")[0].partition("-")[0]  # of mlqa's pairs, that of the contexts
-                scores[task][name] = learner.task.scores(examples, learner.predict(examples), language)
-        best = [record["validation"] for record in records if "validation" in record]
-        validation, parameters = max(best, default=0.0), _parameters(run, learner)
+        learner, records = _answer(config, data, run, device)
+        scores = {
+            task: {name: _scores(task, learner, name, examples) for name, examples in tests.items()}
+            for task, tests in data.tests.items()
+        }
+    trained = {} if run.method == FROZEN else learner.trained()
     about = {
         "method": run.method,
         "examples": run.examples,
         "seed": run.seed,
         "variant": run.variant,
         "source": config.source,
-        "validation": validation,
+        "validation": max((record["validation"] for record in records if "validation" in record), default=0.0),
         "seconds": round(time.perf_counter() - start, 2),
         "steps": len(records),
-        "trained_parameters": parameters,
+        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "losses": [round(record["loss"], 5) for record in records],
         "gradient_norms": [round(record["gradient_norm"], 5) for record in records],
@@ -260,8 +255,8 @@ def _frozen_before(config: StudyConfig, data: Data, results: Path, run: Planned)
     if run.method != FROZEN or not results.is_file():
         return []
 
-    def settings(of: Planned) -> TaskConfig:
-        return _settings(config, data, of._replace(seed=0), None)
+    def settings(of: Planned) -> RunSettings:
+        return _settings(config, data, of._replace(seed=0))
 
     records = map(json.loads, results.read_text(encoding="utf-8").splitlines())
     before = [each for each in records if each["method"] == FROZEN and settings(Planned(*_key(each))) == settings(run)]
@@ -277,31 +272,69 @@ def _train_examples(config: StudyConfig, data: Data, run: Planned) -> list:
     return made if run.variant == "pseudo" else real + made
 
 
-def _retrieve(config: StudyConfig, data: Data, run: Planned, language: str, device: str | torch.device) -> dict:
-    """Train for one language, and find the English sentences of its test pairs."""
+def _answer(config: StudyConfig, data: Data, run: Planned, device: torch.device) -> tuple[Learner, list[dict]]:
+    """What answers a task after a run, and the records of the run's steps."""
+    settings, task = _settings(config, data, run), tasks.get(config.task)
     model, tokenizer = load_backbone(config.backbone, device)
-    settings = _settings(config, data, run, run.examples)
     if run.method == FROZEN:
-        settings = dataclasses.replace(settings, steps=1, projection_lr=0.0)
-    # The scores are taken once, after the last step: nothing is chosen by them.
-    settings = dataclasses.replace(settings, evaluate_every=settings.steps)
-    tests = data.tests[RETRIEVAL][language]
-    learner, records = train_task(model, tokenizer, data.pairs[language], tests, settings)
-    scores = learner.task.scores(tests, learner.predict(tests), language)
-    return {
-        "scores": scores,
-        "records": records,
-        "parameters": _parameters(run, learner),
-    }
+        return Learner(model, tokenizer, settings.adapter, settings.inputs, task), []
+    pairs = None if settings.alignment is None else data.pairs
+    about = {"task": task, "train_dataset": _train_examples(config, data, run), "eval_dataset": data.validation}
+    return _train(settings, model, tokenizer, device, pairs=pairs, language=config.source, **about)
 
 
-def _parameters(run: Planned, learner: TaskLearner) -> int:
-    return 0 if run.method == FROZEN else sum(p.numel() for p in learner.trained().values())
+def _scores(task: str, learner: Learner, name: str, examples: Sequence) -> dict[str, float]:
+    language = name.partition("@")[0].partition("-")[0]  # of mlqa's pairs, that of the contexts
+    rules = learner.task if learner.task.name == task else tasks.get(task)
+    return rules.scores(examples, learner.predict(examples), language)
+
+
+def _retrieve(
+    config: StudyConfig, data: Data, run: Planned, language: str, device: torch.device
+) -> tuple[Learner, list[dict], dict[str, float]]:
+    """Train for one language, and find the English sentences of its test pairs; as `_answer`, and the scores.
+
+    They are taken once, after the last step: nothing is chosen by them.
+    """
+    settings, tests = _settings(config, data, run), data.tests[RETRIEVAL][language]
+    model, tokenizer = load_backbone(config.backbone, device, head="none")
+    plain = AdapterConfig("head", num_layers=settings.adapter.num_layers)
+    learner, records = Learner(model, tokenizer, plain, settings.inputs), []
+    english = [pair.source for pair in tests]
+    targets, groups = learner.vectors(english), sentence_groups(learner.tokenize(english))
+    if run.method != FROZEN:
+        pairs = draw(data.pairs[language], run.examples, run.seed)
+        learner, records = _train(settings, model, tokenizer, device, pairs=pairs)
+    queries = learner.vectors([pair.target for pair in tests])
+    return learner, records, retrieval_scores(queries, targets, groups)
+
+
+class _Trainer(Trainer):
+    """One that nobody will look at the folder of: a study has its own report."""
+
+    def _summarise(self, folder: Path) -> None:
+        pass
+
+
+def _train(
+    settings: RunSettings, model: torch.nn.Module, tokenizer: Callable, device: torch.device, **data
+) -> tuple[Learner, list[dict]]:
+    """Train in a folder that is gone afterwards."""
+    with TemporaryDirectory() as folder:
+        args = settings.training(folder, device)
+        if not data.get("eval_dataset"):
+            args = dataclasses.replace(args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+        configs = {"adapter": settings.adapter, "inputs": settings.inputs, "alignment": settings.alignment}
+        trainer = _Trainer(model, args, processing_class=tokenizer, **configs, **data)
+        trainer.remove_callback(require("transformers", "train").PrinterCallback)
+        trainer.train()
+    if trainer.stopped:
+        raise KeyboardInterrupt  # half a run is worth nothing
+    return trainer.learner, trainer.records
 
 
 def _majority(examples: Sequence) -> float:
-    share = sum(example.label for example in examples) / len(examples)
-    return 100 * max(share, 1 - share)
+    return 100 * max(Counter(example.label for example in examples).values()) / len(examples)
 
 
 def _key(run: Planned | dict) -> tuple:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fastprompt.experiments.aggregate import (
+from .aggregate import (
     Series,
     Spread,
     TaskResults,
@@ -11,9 +11,9 @@ from fastprompt.experiments.aggregate import (
     loss_variance,
     mean,
 )
-from fastprompt.experiments.document import Table
-from fastprompt.experiments.records import Record
-from fastprompt.experiments.wording import (
+from .document import Table
+from .records import Record
+from .wording import (
     MISSING,
     counted,
     digits,

@@ -2,7 +2,7 @@
 
 import math
 
-from fastprompt.experiments.aggregate import Spread
+from .aggregate import Spread
 
 MISSING = "–"
 _METRICS = {  # name, unit, digits
@@ -41,7 +41,7 @@ def significant(value: float | None) -> str:
 
 
 def spread_text(spread: Spread | None, places: int, most_seeds: int, sign: str = "") -> str:
-    """Mean ± standard deviation, marked with the seeds if they are fewer than `most_seeds`; `sign` as of `number`."""
+    """Mean ± standard deviation, marked with the seeds if they are fewer than `most_seeds`; `sign` as for `number`."""
     if spread is None:
         return MISSING
     text = number(spread.mean, places, sign)

@@ -12,8 +12,8 @@ from fastprompt.bench import end_to_end
 from fastprompt.bench.end_to_end import measure_jobs, record_of, seconds_to
 from fastprompt.bench.flops import count_flops
 from fastprompt.bench.jobs import JOBS, Settings, _examples, distinct, run_job
+from fastprompt.data.examples import Pair
 from fastprompt.ops import alignment_loss, prefix_attention
-from fastprompt.tasks.parallel import Pair
 
 WAY_KEYS = {
     *("seconds_per_step", "tokens_per_second", "flops_per_step", "seconds_to", "seconds_in_all"),

@@ -16,11 +16,13 @@ import torch
 from helpers import WORDS, tokenizer_file
 from rich.console import Console
 
+from fastprompt.cli import app
+from fastprompt.data.examples import Pair
 from fastprompt.demo import __main__ as program
 from fastprompt.demo import models, packages, sentences, stock
 from fastprompt.demo.packages import Package
+from fastprompt.inference import Hit
 from fastprompt.nn import AlignmentLoss
-from fastprompt.tasks.parallel import Pair
 
 
 def make_wheel(folder: Path, name: str, members: dict[str, str | bytes]) -> Package:
@@ -72,7 +74,7 @@ def test_download_takes_what_is_pinned_and_nothing_else(index, tmp_path):
 
 # Model
 
-POSITIONS = 40
+POSITIONS = 420
 
 
 def q4_0_block(scale: float, nibbles: list[int]) -> bytes:
@@ -307,6 +309,43 @@ def test_comparison():
     assert re.search(r"R@1 before +0.250 +0.250", cells) and re.search(r"R@1 after +0.750 +0.750", cells)
     assert re.search(r"seconds per step +0.125 +0.500 +4.00 x", cells)
     assert re.search(r"peak memory, MiB +512 +1280 +2.50 x", cells)
+
+
+def test_a_search_marks_the_translation(monkeypatch):
+    pairs = [Pair(f"english {n}", f"cymraeg {n}") for n in range(5)]
+
+    class Found:
+        def search(self, queries, corpus, top_k):
+            assert queries == ["cymraeg 0", "cymraeg 1", "cymraeg 2"] and len(corpus) == 5
+            return [[Hit(n, 0.5, corpus[n]), Hit(4, 0.25, corpus[4])][:top_k] for n in range(3)]
+
+    monkeypatch.setattr(program, "load", lambda folder, device: Found())
+    assert list(program.answers(Path("adapter"), pairs))[3:6] == [
+        "cymraeg 1",
+        "  0.500  english 1  <- its translation",
+        "  0.250  english 4",
+    ]
+
+
+def test_the_whole_program(pinned_model, wheel, tmp_path, monkeypatch):
+    """What it says to the command line is what that understands; here without processes, which take their time."""
+    folder = models.multilingual_e5_small(tmp_path / "cache")
+    monkeypatch.setenv("FASTPROMPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(program, "multilingual_e5_small", lambda: folder)
+    monkeypatch.setattr(program, "django_wheel", lambda: wheel)
+    monkeypatch.setattr(program, "TEXT_PREFIX", "w0 ")
+
+    def run(module, *arguments, log=None):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        {"fastprompt": lambda: app(standalone_mode=False), "fastprompt.demo.stock": stock.main}[module]()
+
+    monkeypatch.setattr(program, "run", run)
+    program.demo("cy", tmp_path / "out", epochs=1)
+    (out,) = (tmp_path / "out").iterdir()
+    ours, rival = json.loads((out / "result.json").read_text()).values()
+    assert ours["steps"] == rival["steps"] == 3
+    for name, scores in rival["scores"]["without"].items():
+        assert ours["scores"]["without"][name] == pytest.approx(scores, abs=1e-5)
 
 
 def test_the_program_fails_with_one_clear_message(wheel, tmp_path):
