@@ -59,6 +59,9 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         root = Path() if self.inplace or self.editable_mode else Path(self.build_lib)
+        nvcc = shlex.split(os.environ.get("NVCC", "nvcc"))[0]
+        if os.environ.get("FASTPROMPT_CUDA") == "1" and shutil.which(nvcc) is None:  # told before minutes of compiling
+            raise SystemExit(f"FASTPROMPT_CUDA=1, but _C_cuda.so cannot be built: there was no compiler {nvcc!r}")
         for extension in self.extensions:
             library = root / self.get_ext_filename(extension.name)
             library.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,8 @@ class BuildNative(build_ext):
 
     def build_cpu(self, sources: list[str], library: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        self.compile(compiler, [*HOST_FLAGS, *FLAGS], sources, library, ["-ltorch_cpu"])
+        flags = [*HOST_FLAGS, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        self.compile(compiler, flags, sources, library, ["-ltorch_cpu"])
 
     def build_cuda(self, sources: list[str], library: Path) -> None:
         wanted = os.environ.get("FASTPROMPT_CUDA", "auto")

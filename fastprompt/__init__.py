@@ -1,21 +1,29 @@
 """fastprompt: fused kernels for soft-prompt and prefix tuning of frozen language models."""
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
 
-__all__ = ["PromptConfig", "PromptModel", "fuse", "nn", "ops"]
+from ._version import __version__ as __version__
 
-try:
-    __version__ = version("fastprompt")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+# Where each name stands. It is imported when it is asked for: `fastprompt.models` needs transformers, `fastprompt.ops`
+# torch alone.
+_HOMES = {
+    "AdapterConfig": "models.methods",
+    "AlignmentConfig": "training",
+    "InputConfig": "tasks.base",
+    "PromptConfig": "models",
+    "PromptModel": "models",
+    "Trainer": "training",
+    "TrainingArguments": "training",
+    "fuse": "models",
+    "load": "inference",
+}
+_MODULES = ("data", "export", "models", "nn", "ops", "tasks", "training")
+__all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str):
-    # `fastprompt.models` needs transformers, `fastprompt.ops` needs torch alone: import what is asked for.
-    import importlib
-
-    if name in ("PromptConfig", "PromptModel", "fuse"):
-        return getattr(importlib.import_module("fastprompt.models"), name)
-    if name in ("nn", "ops", "models", "training", "tasks"):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"fastprompt.{_HOMES[name]}"), name)
+    if name in _MODULES:
         return importlib.import_module(f"fastprompt.{name}")
     raise AttributeError(f"module 'fastprompt' has no attribute {name!r}")

@@ -9,7 +9,10 @@ def require(module: str, extra: str) -> ModuleType:
 
     Args:
         module: dotted name, such as "transformers" or "matplotlib.pyplot".
-        extra: the extra of fastprompt that installs it: "train", "demo", "hub", "bench" or "test".
+        extra: the extra of fastprompt that installs it, such as "train": one of those in pyproject.toml.
+
+    Raises:
+        ImportError: the module is not installed.
     """
     try:
         return importlib.import_module(module)

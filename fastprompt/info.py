@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
-from fastprompt import __version__, _native
+from fastprompt import _native
+from fastprompt._version import __version__
 
 PACKAGES = ("transformers", "peft", "triton")
 DEVICE_TYPES = ("cpu", "cuda")  # those a native library may exist for

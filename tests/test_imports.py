@@ -1,6 +1,7 @@
 """Imports run one way, those in functions and under TYPE_CHECKING included, and never in a circle."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -10,9 +11,19 @@ import fastprompt
 
 ROOT = Path(fastprompt.__file__).parent
 # A folder imports those of later rows; a single module beside the folders imports none.
-ROWS = (("cli",), ("bench",), ("demo", "experiments"), ("training",), ("tasks", "data"), ("models",), ("nn",), ("ops",))
-OF_ROOT = 3  # the package itself hands out, when asked, what stands in this row and later ones
-MAY = {"fastprompt.info"}  # takes the version from the package itself
+ROWS = (
+    ("cli",),
+    ("bench",),
+    ("demo", "experiments"),
+    ("inference",),
+    ("export",),
+    ("training",),
+    ("tasks",),
+    ("data",),
+)
+ROWS += (("models",), ("nn",), ("ops",))
+OF_ROOT = 2  # the package itself hands out, when asked, what stands in later rows
+MAY = {"fastprompt.info", "fastprompt.__main__"}  # the one takes the version from the package, the other is the cli
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -91,3 +102,16 @@ def test_a_fault_is_found(file, line, fault, tmp_path):
     (package / file).write_text(line)
     (found,) = faults(package)
     assert fault in found
+
+
+def test_extras_are_those_of_the_package():
+    """What an error tells to install is there to be installed."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = project[project.index("[project.optional-dependencies]") : project.index("[project.scripts]")]
+    asked = {
+        node.args[1].value
+        for file in modules(ROOT).values()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "require"
+    }
+    assert "train" in asked and asked <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))

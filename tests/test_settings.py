@@ -6,8 +6,9 @@ import pytest
 
 from fastprompt._settings import check_fields, read_yaml
 from fastprompt.experiments.config import read_study
-from fastprompt.training.config import TrainingConfig
-from fastprompt.training.task_config import TaskConfig
+from fastprompt.models.methods import AdapterConfig
+from fastprompt.tasks.base import InputConfig
+from fastprompt.training import AlignmentConfig
 
 STUDY = "task: retrieval\nbackbone: b\nparallel: {no: no.tsv, sv: sv.tsv}\nmethods: [frozen]\n"
 
@@ -23,7 +24,7 @@ def test_plain_values(tmp_path):
     }
 
 
-@pytest.mark.parametrize("kind", [TaskConfig, TrainingConfig])
+@pytest.mark.parametrize("kind", [AdapterConfig, InputConfig, AlignmentConfig])
 def test_every_field_refuses_what_is_not_of_its_type(kind):
     """In a file, and where it is made: but an integer is a number, and yes is true."""
     for field in dataclasses.fields(kind):
@@ -35,8 +36,8 @@ def test_every_field_refuses_what_is_not_of_its_type(kind):
             with pytest.raises(ValueError, match=f"{field.name} must be "):
                 kind(**{field.name: value})
         assert check_fields(kind, {field.name: good}) == {field.name: good}
-    assert check_fields(kind, {"lr": 1, "other": 2}) == {"lr": 1, "other": 2}
-    assert check_fields(TaskConfig, {"norms": "Yes", "train_head": "off"}) == {"norms": True, "train_head": False}
+    assert check_fields(AlignmentConfig, {"weight": 1, "other": 2}) == {"weight": 1, "other": 2}
+    assert check_fields(AdapterConfig, {"norms": "Yes", "train_head": "off"}) == {"norms": True, "train_head": False}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_every_field_refuses_what_is_not_of_its_type(kind):
         ("seeds: [0, one]\n", "seeds must be a list, each of it an integer, got"),
         ("title: 5\n", "title must be a string, got 5"),
         ("alignment: '1'\n", "alignment must be a number, got '1'"),
-        ("settings: {lr: fast}\n", "settings: lr must be a number, got 'fast'"),
+        ("settings: {learning_rate: fast}\n", "settings: learning_rate must be a number, got 'fast'"),
         ("examples_settings: {all: {norms: 3}}\n", "settings: norms must be true or false, got 3"),
         ("method_settings: {frozen: [1]}\n", "method_settings must be names and values, each of them names"),
         ("also: {mlqa: x}\n", "also must be names and values"),

@@ -1,6 +1,6 @@
 """PEFT's own tests of prompt learning, run with every prompt model fused: which pass, which are refused, and why.
 
-    python tests/compat/peft_suite.py PEFT [--workers 2] [--select "-k ..."]
+    python tests/compat/peft_suite.py PEFT [--workers 2] [--select "t5 and prefix"]
 
 PEFT is a checkout of github.com/huggingface/peft; only its `tests` folder is read, and the installed peft is what runs.
 Those tests load small models and data sets from the hub by name: here a folder of the same name stands in the working
