@@ -80,7 +80,7 @@ def cases() -> list[Case]:
             label=step.label,
             sizes={"B": step.sentences, "L": step.mean_length, "P": step.prompt},
             make=lambda device, dtype, seed, step=step: Batch(step, device, dtype, seed).work(),
-            tolerance={torch.float32: 1e-2, torch.bfloat16: 0.2},  # both ways are 4e-3 off float64 in 12 + 12 layers
+            tolerance={torch.float32: 1e-3, torch.bfloat16: 0.2},
             memory=(OURS, "peft"),
         )
         for step in STEPS
